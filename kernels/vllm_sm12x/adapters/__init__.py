@@ -1,0 +1,1 @@
+"""What the patched vLLM calls: each module maps vLLM's objects to operations in ``ops``."""
