@@ -22,7 +22,12 @@ OPERATIONS = {
     "mhc": "TileLang's and DeepGEMM's hyper-connection kernels",
     "mxfp4_experts": "Marlin's MXFP4 experts",
     "cutedsl": "CuTeDSL's compressor and cache kernels (upstream's Triton forms are used)",
+    "window_rope": "YaRN on window-only layers (plain RoPE, as the checkpoint was trained)",
 }
+
+# An operation that cannot be portable alone: DeepGEMM's einsum takes the output projection's weight
+# in the layout that DeepGEMM's own linear prepares, and the portable linear does not make it.
+REQUIRES = {"fp8_linear": "fp8_einsum"}
 
 ALLOWED = (
     f"auto (the default: all on SM12x, none elsewhere), all, none, or a comma-separated list of "
@@ -36,7 +41,8 @@ def parse_override(value: str) -> frozenset[str] | None:
     A list is exact: operations that it does not name take upstream's path, on SM12x too.
 
     Raises:
-        ValueError: The value names something that is not an operation; the message lists all.
+        ValueError: The value names something that is not an operation, or an operation without the
+            one that it requires; the message says what is allowed.
     """
     words = [word.strip() for word in value.split(",")]
     if words in (["auto"], [""]):
@@ -48,6 +54,9 @@ def parse_override(value: str) -> frozenset[str] | None:
     unknown = [word for word in words if word not in OPERATIONS]
     if unknown:
         raise ValueError(f"{ENV}={value!r}: {unknown[0]!r} is not allowed; allowed: {ALLOWED}")
+    for operation, required in REQUIRES.items():
+        if operation in words and required not in words:
+            raise ValueError(f"{ENV}={value!r}: {operation} requires {required}; add it to the list")
     return frozenset(words)
 
 
@@ -79,3 +88,7 @@ def clear_cache() -> None:
     """Forget what was decided, for tests that fake a capability or set the variable."""
     is_sm12x.cache_clear()
     portable_operations.cache_clear()
+
+
+# A bad value stops whatever imports this, before a model is loaded.
+parse_override(os.environ.get(ENV, "auto"))
