@@ -35,8 +35,8 @@ def check_shape(
     """Compare a shape with a pattern.
 
     Args:
-        expected: One entry a dimension: an ``int`` must match, ``None`` matches anything, and a name
-            is bound in ``bound`` at its first use and must match there after.
+        expected: One entry a dimension: an ``int`` must match, ``None`` matches anything, and a
+            name is bound in ``bound`` at its first use and must match there after.
         bound: Sizes by name, shared by the checks of one call.
     """
     bound = {} if bound is None else bound
@@ -61,10 +61,36 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
     for name, tensor in given.items():
         if tensor.device != first.device:
             raise ValueError(
-                f"{name}: device {tensor.device}, allowed: {first.device} (the device of {first_name})"
+                f"{name}: device {tensor.device}, allowed: {first.device}"
+                f" (the device of {first_name})"
             )
 
 
 def check_stride(name: str, tensor: torch.Tensor, dim: int, expected: int) -> None:
     if tensor.size(dim) > 1 and tensor.stride(dim) != expected:
         raise ValueError(f"{name}: stride({dim}) is {tensor.stride(dim)}, allowed: {expected}")
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: strides {tensor.stride()}, allowed: contiguous")
+
+
+def check_pages(name: str, cache: torch.Tensor) -> None:
+    """A paged uint8 cache: inside a page packed, pages any multiple of 8 bytes apart.
+
+    The multiple of 8 (of the page stride, and of where the first page begins) lets bytes be read
+    as wider words.
+    """
+    packed = 1
+    for dim in range(cache.dim() - 1, 0, -1):
+        check_stride(name, cache, dim, packed)
+        packed *= cache.size(dim)
+    if cache.size(0) > 1 and (cache.stride(0) < packed or cache.stride(0) % 8):
+        raise ValueError(
+            f"{name}: stride(0) is {cache.stride(0)}, allowed: multiples of 8 from {packed} on"
+        )
+    if cache.storage_offset() % 8:
+        raise ValueError(
+            f"{name}: storage offset {cache.storage_offset()}, allowed: multiples of 8"
+        )
