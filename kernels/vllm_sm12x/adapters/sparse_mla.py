@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 # What the fused norm, RoPE and cache-insert kernel can pad the query to.
 PADDED_HEADS = (8, 16, 32, 64, 128)
 
+# The metadata builders pad the width of their index tensors to multiples of this.
+_INDEX_ALIGNMENT = 128
+
+
+def _most_compressed_keys(layer: DeepseekV4MLAAttention) -> int:
+    """The width of a compressed layer's index tensor; 0 for a window-only layer."""
+    if layer.compress_ratio <= 1:
+        return 0
+    if layer.compress_ratio == 4:
+        return layer.topk_indices_buffer.shape[-1]
+    entries = -(-layer.max_model_len // layer.compress_ratio)
+    return -(-entries // _INDEX_ALIGNMENT) * _INDEX_ALIGNMENT
+
 
 class PortableSparseMLAImpl(DeepseekV4FlashMLASparseImpl):
     """Sparse MLA of DeepSeek V4 on the operations of ``vllm_sm12x``."""
@@ -56,7 +69,15 @@ class PortableSparseMLAImpl(DeepseekV4FlashMLASparseImpl):
         if get_forward_context().attn_metadata is None:
             # The memory-profiling run: take once what the operations take at most, so that the KV
             # cache is sized with it in mind.
-            torch.empty(sparse_mla.SCRATCH_BYTES, dtype=torch.uint8, device=q.device)
+            keys = layer.window_size + _most_compressed_keys(layer)
+            torch.empty(
+                max(
+                    sparse_mla.decode_scratch_bytes(*q.shape[:2], keys),
+                    sparse_mla.prefill_scratch_bytes(*q.shape[:2], keys),
+                ),
+                dtype=torch.uint8,
+                device=q.device,
+            )
 
     @classmethod
     def _forward_decode(
