@@ -81,24 +81,28 @@ def import_series(
     chosen = _prefix(series, upto)
     existing = _may_replace(destination, force)
     with scratch(destination.parent, f".{destination.name}.part-") as folder:
-        made = apply_series(folder / "tree", checkout, chosen, echo, destination)
+        made = apply_series(folder / "applied", checkout, chosen, echo, destination)
+        tree = destination
+        if not existing:
+            tree = folder / "tree"
+            tree.mkdir()
+            git("init", "-q", "--template=", "-b", worktree.BRANCH, cwd=tree)
+            source.base_commit(tree, checkout)
+        git("fetch", "-q", "--no-tags", "--no-write-fetch-head", made.path, made.head, cwd=tree)
         state = worktree.State(
             release=checkout.pin.version,
             base=made.base,
             exported=made.head,
             held_back=tuple(patch.name for patch in series[len(chosen) :]),
         )
-        if existing:
-            if force:
-                _put_aside(destination, echo)
-            git("fetch", "-q", "--no-tags", made.path, "HEAD", cwd=destination)
-            git("checkout", "-q", "-f", "-B", worktree.BRANCH, made.head, cwd=destination)
-            worktree.write_state(destination, state)
-        else:
-            worktree.write_state(made.path, state)
+        if existing and force:
+            _put_aside(destination, echo)
+        git("checkout", "-q", "-f", "-B", worktree.BRANCH, made.head, cwd=tree)
+        worktree.write_state(tree, state)
+        if not existing:
             if destination.is_dir():
                 destination.rmdir()
-            made.path.rename(destination)
+            tree.rename(destination)
     return ImportedSeries(destination, made.base, made.head, made.patches, made.commits)
 
 
@@ -111,29 +115,43 @@ def apply_series(
 ) -> ImportedSeries:
     """Make a new repository in ``folder`` with the release and these patches on it.
 
+    It borrows the release's objects from the cache, and has only the files checked out that the
+    patches touch: it is for a look, and is thrown away by the caller.
+
     Args:
         folder: A path that does not exist yet.
-        checkout: Whose pin and patches.
+        checkout: Whose pin and list of shared files.
         series: The patches, in order.
         echo: Called with a line for each patch.
         destination: The folder to name in an error's hint.
     """
     folder.mkdir()
     git("init", "-q", "--template=", "-b", worktree.BRANCH, cwd=folder)
-    base = source.base_commit(folder, checkout)
-    git("reset", "-q", "--hard", base, cwd=folder)
+    base = source.base_commit(folder, checkout, borrow=True)
+    _check_out_touched(folder, base, series)
     verify_touched(folder, checkout, series)
     commits: list[str] = []
     for number, patch in enumerate(series, start=1):
         echo(f"[{number}/{len(series)}] {patch.name}")
-        file = (checkout.patches / patch.name).absolute()
-        done = git(*AM, file, cwd=folder, check=False)
+        done = git(*AM, cwd=folder, input=patch.raw, check=False)
         if done.returncode:
             previous = series[number - 2].name if number > 1 else UPTO_BASE
-            raise _failure(patch, done.stderr, file, previous, checkout, destination)
+            raise _failure(patch, done.stderr, previous, checkout, destination)
         commits.append(worktree.head(folder))
     names = tuple(patch.name for patch in series)
     return ImportedSeries(folder, base, (commits or [base])[-1], names, tuple(commits))
+
+
+def _check_out_touched(folder: Path, base: str, series: Sequence[Patch]) -> None:
+    """Check out the release's files that the patches touch, and mark the others as left out."""
+    paths = sorted({path for patch in series for path in patch.paths})
+    patterns = "".join(re.sub(r"([\\*?\[ ])", r"\\\1", f"/{path}") + "\n" for path in paths)
+    info = folder / ".git" / "info"
+    info.mkdir(exist_ok=True)
+    # A file that does not exist matches the second pattern: no file at all is checked out then.
+    (info / "sparse-checkout").write_text(patterns or "/.git\n", encoding="utf-8")
+    git("config", "core.sparseCheckout", "true", cwd=folder)
+    git("reset", "-q", "--hard", base, cwd=folder)
 
 
 def verify_touched(folder: Path, checkout: Checkout, series: Sequence[Patch]) -> None:
@@ -251,7 +269,6 @@ def _put_aside(destination: Path, echo: Callable[[str], None]) -> None:
 def _failure(
     patch: Patch,
     stderr: bytes,
-    file: Path,
     previous: str,
     checkout: Checkout,
     destination: Path | None,
@@ -267,7 +284,7 @@ def _failure(
     if destination is not None and destination != checkout.work_tree.absolute():
         to = f" --to {destination}"
     tree = destination or checkout.work_tree
-    shown = os.path.relpath(file, tree)
+    shown = os.path.relpath(checkout.patches / patch.name, tree)
     return StackError(
         f"patches/{patch.name} does not apply: {'; '.join(places) or 'git am failed'}",
         f"run `python -m stack import --upto {previous}{to}`, then in {tree} "

@@ -110,12 +110,14 @@ def differences(listed: Mapping[str, File], found: Mapping[str, File], where: st
     return lines
 
 
-def base_commit(repo: Path, checkout: Checkout | None = None) -> str:
+def base_commit(repo: Path, checkout: Checkout | None = None, *, borrow: bool = False) -> str:
     """Put the pinned release into a repository as one commit, and return the commit's id.
 
     Args:
         repo: An existing repository, bare or not. No ref of it is changed.
         checkout: Whose pin, submodule and list of shared files; this checkout without it.
+        borrow: Refer to the cache's objects instead of copying them: for a repository that does not
+            outlive the command.
 
     Raises:
         StackError: The submodule is at another commit, the sdist cannot be had, or a listed file
@@ -141,7 +143,7 @@ def base_commit(repo: Path, checkout: Checkout | None = None) -> str:
                 _reject(differences(listed.files, found.files, "sdist"), checkout)
                 _store_blobs(archive, bare, listed.files)
             _commit(bare, listed.files, pin.version)
-        return _bring(bare, repo)
+        return _bring(bare, repo, borrow and not fresh)
 
 
 def release_commit(repo: Path, version: str, *, sdist: Path | None = None) -> str:
@@ -256,8 +258,13 @@ def _commit(bare: Path, files: Mapping[str, File], version: str) -> None:
     git("update-ref", RELEASE_REF, commit, cwd=bare)
 
 
-def _bring(bare: Path, repo: Path) -> str:
+def _bring(bare: Path, repo: Path, borrow: bool = False) -> str:
     commit = git("rev-parse", "--verify", RELEASE_REF, cwd=bare).text
+    if borrow:
+        alternates = git("rev-parse", "--git-path", "objects/info/alternates", cwd=repo).text
+        with (repo / alternates).open("a", encoding="utf-8") as file:
+            file.write(f"{bare / 'objects'}\n")
+        return commit
     present = git("cat-file", "-e", f"{commit}^{{commit}}", cwd=repo, check=False)
     if present.returncode:
         git("fetch", "-q", "--no-tags", "--no-write-fetch-head", bare, RELEASE_REF, cwd=repo)
