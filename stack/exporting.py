@@ -268,11 +268,11 @@ def _verify(
         if source.tree_of(made.path, made.head) != tree:
             raise StackError("the patches do not give the work tree's files back")
         for patch in held_back:
-            done = git(*importing.AM, cwd=made.path, input=patch.raw, check=False)
-            if done.returncode:
+            failed = importing.apply_patch(made.path, patch)
+            if failed is not None:
                 note = (
-                    f"patches/{patch.name} was held back, and does not apply to what was exported: "
-                    "[tree].patched is left as it was until it does"
+                    f"patches/{patch.name} was held back, and does not apply to what was exported "
+                    f"({failed}): [tree].patched is left as it was until it does"
                 )
                 return None, [note]
         return source.tree_of(made.path, "HEAD"), []

@@ -125,25 +125,29 @@ def apply_series(
         echo: Called with a line for each patch.
         destination: The folder to name in an error's hint.
     """
-    folder.mkdir()
-    git("init", "-q", "--template=", "-b", worktree.BRANCH, cwd=folder)
-    base = source.base_commit(folder, checkout, borrow=True)
-    _check_out_touched(folder, base, series)
+    base = prepare(folder, checkout, series)
     verify_touched(folder, checkout, series)
     commits: list[str] = []
     for number, patch in enumerate(series, start=1):
         echo(f"[{number}/{len(series)}] {patch.name}")
-        done = git(*AM, cwd=folder, input=patch.raw, check=False)
-        if done.returncode:
+        failed = apply_patch(folder, patch)
+        if failed is not None:
             previous = series[number - 2].name if number > 1 else UPTO_BASE
-            raise _failure(patch, done.stderr, previous, checkout, destination)
+            raise _failure(patch, failed, previous, checkout, destination)
         commits.append(worktree.head(folder))
     names = tuple(patch.name for patch in series)
     return ImportedSeries(folder, base, (commits or [base])[-1], names, tuple(commits))
 
 
-def _check_out_touched(folder: Path, base: str, series: Sequence[Patch]) -> None:
-    """Check out the release's files that the patches touch, and mark the others as left out."""
+def prepare(folder: Path, checkout: Checkout, series: Sequence[Patch]) -> str:
+    """Make a new repository in ``folder`` for ``apply_patch``, and return the release's commit.
+
+    It borrows the release's objects from the cache, and has only the files checked out that the
+    patches touch.
+    """
+    folder.mkdir()
+    git("init", "-q", "--template=", "-b", worktree.BRANCH, cwd=folder)
+    base = source.base_commit(folder, checkout, borrow=True)
     paths = sorted({path for patch in series for path in patch.paths})
     patterns = "".join(re.sub(r"([\\*?\[ ])", r"\\\1", f"/{path}") + "\n" for path in paths)
     info = folder / ".git" / "info"
@@ -152,6 +156,27 @@ def _check_out_touched(folder: Path, base: str, series: Sequence[Patch]) -> None
     (info / "sparse-checkout").write_text(patterns or "/.git\n", encoding="utf-8")
     git("config", "core.sparseCheckout", "true", cwd=folder)
     git("reset", "-q", "--hard", base, cwd=folder)
+    return base
+
+
+def apply_patch(folder: Path, patch: Patch) -> str | None:
+    """Commit a patch on a repository's head; where it fails, say where, and leave the head.
+
+    Returns:
+        ``None``, or the places: upstream's file and the line of the hunk.
+    """
+    done = git(*AM, cwd=folder, input=patch.raw, check=False)
+    if done.returncode == 0:
+        return None
+    git("am", "--abort", cwd=folder, check=False)
+    text = done.stderr.decode("utf-8", "replace")
+    places = [
+        f"{path}, hunk at line {line}"
+        for path, line in re.findall(r"^error: patch failed: (.+):(\d+)$", text, flags=re.M)
+    ]
+    if not places:
+        places = re.findall(r"^(?:error|fatal): (.+)$", text, flags=re.M)[:1]
+    return "; ".join(places) or done.last_error
 
 
 def verify_touched(folder: Path, checkout: Checkout, series: Sequence[Patch]) -> None:
@@ -160,31 +185,37 @@ def verify_touched(folder: Path, checkout: Checkout, series: Sequence[Patch]) ->
     Raises:
         StackError: A file differs, or a patch touches one that the sources do not share.
     """
+    problems = touched_problems(folder, checkout, series)
+    if problems:
+        raise StackError(problems[0], "run `python -m stack sources --compare`")
+
+
+def touched_problems(folder: Path, checkout: Checkout, series: Sequence[Patch]) -> list[str]:
+    """What ``verify_touched`` finds, a line for each file."""
     listed = shared.load(checkout.shared_files)
     touched: dict[str, str] = {}
     for patch in series:
         for path in patch.paths:
             touched.setdefault(path, patch.name)
-    for path, name in touched.items():
-        if path in listed.excluded:
-            raise StackError(
-                f"patches/{name} touches {path}, which the submodule and the sdist are not known "
-                f"to share: {listed.excluded[path]}",
-                "change another file",
-            )
+    problems = [
+        f"patches/{name} touches {path}, which the submodule and the sdist are not known to share: "
+        f"{listed.excluded[path]}"
+        for path, name in touched.items()
+        if path in listed.excluded
+    ]
     paths = sorted(path for path in touched if path in listed.files)
     found = git(
         *("hash-object", "--no-filters", "--stdin-paths"),
         cwd=folder,
         input="".join(f"{path}\n" for path in paths),
     ).lines
-    for path, blob in zip(paths, found, strict=True):
-        if blob != listed.files[path].blob:
-            raise StackError(
-                f"{path} (touched by patches/{touched[path]}) is blob {blob}, but "
-                f"{checkout.shared_files.name} lists {listed.files[path].blob}",
-                "run `python -m stack sources --compare`",
-            )
+    problems += [
+        f"{path} (touched by patches/{touched[path]}) is blob {blob}, but "
+        f"{checkout.shared_files.name} lists {listed.files[path].blob}"
+        for path, blob in zip(paths, found, strict=True)
+        if blob != listed.files[path].blob
+    ]
+    return problems
 
 
 @contextmanager
@@ -268,25 +299,18 @@ def _put_aside(destination: Path, echo: Callable[[str], None]) -> None:
 
 def _failure(
     patch: Patch,
-    stderr: bytes,
+    places: str,
     previous: str,
     checkout: Checkout,
     destination: Path | None,
 ) -> StackError:
-    text = stderr.decode("utf-8", "replace")
-    places = [
-        f"{path}, hunk at line {line}"
-        for path, line in re.findall(r"^error: patch failed: (.+):(\d+)$", text, flags=re.M)
-    ]
-    if not places:
-        places = re.findall(r"^(?:error|fatal): (.+)$", text, flags=re.M)[:1]
     to = ""
     if destination is not None and destination != checkout.work_tree.absolute():
         to = f" --to {destination}"
     tree = destination or checkout.work_tree
     shown = os.path.relpath(checkout.patches / patch.name, tree)
     return StackError(
-        f"patches/{patch.name} does not apply: {'; '.join(places) or 'git am failed'}",
+        f"patches/{patch.name} does not apply: {places}",
         f"run `python -m stack import --upto {previous}{to}`, then in {tree} "
         f"`git am -3 --keep-cr --keep-non-patch {shown}`, mend, `git am --continue`, "
         "and `python -m stack export`",
