@@ -1,13 +1,19 @@
-"""A package index on this machine that misbehaves as told, and a cache of its own for each test."""
+"""A package index that misbehaves as told, a cache for each test, and a small "upstream" wheel."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import random
+import shutil
+import subprocess
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +112,110 @@ def cache(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(download.CACHE_ENV, str(folder))
     index.pip_config.cache_clear()
     return folder
+
+
+METADATA = """\
+Metadata-Version: 2.4
+Name: vllm
+Version: 1.2.3
+Summary: A stand-in for vLLM
+License-Expression: Apache-2.0
+Requires-Python: <3.15,>=3.10
+Description-Content-Type: text/markdown
+License-File: LICENSE
+Requires-Dist: regex; python_version >= "3"
+Requires-Dist: cachetools
+Provides-Extra: bench
+Requires-Dist: pandas; extra == "bench"
+Dynamic: license-file
+
+# Easy, fast serving — for everyone
+
+Version: 1.2.3 is also said here.
+"""
+VERSION_FILE = """\
+__version__ = version = '1.2.3'
+__version_tuple__ = version_tuple = (1, 2, 3)
+
+__commit_id__ = commit_id = 'g0123456789'
+"""
+ENTRY_POINTS = "[console_scripts]\nvllm = vllm.cli:main\n"
+
+
+@pytest.fixture
+def upstream_files() -> dict[str, tuple[bytes, int]]:
+    """Content and mode of a small wheel of "vllm" 1.2.3, RECORD apart."""
+    text = b"# a line that compresses well\n" * 300
+    info = "vllm-1.2.3.dist-info"
+    return {
+        "vllm/_C.abi3.so": (random.Random(7).randbytes(70_000), 0o100755),
+        "vllm/__init__.py": (b"from ._version import __version__\n" + text, 0o100644),
+        "vllm/_version.py": (VERSION_FILE.encode(), 0o100644),
+        "vllm/a.py": (b"A = 1\n" + text, 0o100644),
+        "vllm/b.py": (b"B = 1\n" + text, 0o100664),
+        "vllm/cli.py": (b"def main():\n    print('hello')\n", 0o100644),
+        "vllm/configs/größe,1.json": (b"{}\n", 0o100644),
+        "vllm/run.sh": (b"#!/bin/sh\n", 0o100755),
+        "vllm/utils/native.cpp": (b"int main() {}\n", 0o100644),
+        f"{info}/licenses/LICENSE": (b"upstream's licence\n", 0o100644),
+        f"{info}/METADATA": (METADATA.encode(), 0o100644),
+        f"{info}/WHEEL": (
+            b"Wheel-Version: 1.0\nGenerator: setuptools (80)\nRoot-Is-Purelib: false\n"
+            b"Tag: cp38-abi3-linux_x86_64\n\n",
+            0o100644,
+        ),
+        f"{info}/entry_points.txt": (ENTRY_POINTS.encode(), 0o100644),
+        f"{info}/top_level.txt": (b"vllm\n", 0o100644),
+    }
+
+
+@pytest.fixture
+def make_wheel(tmp_path) -> Callable[..., Path]:
+    """Write files as a wheel of "vllm" 1.2.3, compressed, with the RECORD that belongs to them."""
+
+    def make(files: dict[str, tuple[bytes, int]], tag: str = "cp38-abi3-manylinux_2_28_x86_64"):
+        path = tmp_path / "upstream" / f"vllm-1.2.3-{tag}.whl"
+        path.parent.mkdir(exist_ok=True)
+        record = "".join(
+            ('"{}"' if "," in name else "{}").format(name)
+            + f",sha256={b64(hashlib.sha256(data).digest())},{len(data)}\n"
+            for name, (data, _) in files.items()
+        )
+        name = "vllm-1.2.3.dist-info/RECORD"
+        files = files | {name: ((record + f"{name},,\n").encode(), 0o100664)}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, (data, mode) in files.items():
+                info = zipfile.ZipInfo(name, (2026, 6, 4, 21, 44, 30))
+                info.external_attr = mode << 16
+                info.compress_type = zipfile.ZIP_DEFLATED
+                archive.writestr(info, data)
+        return path
+
+    return make
+
+
+def b64(digest: bytes) -> str:
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+@pytest.fixture
+def other_python() -> Callable[[str], list[str]]:
+    """A command that runs a given Python, with what the assembly needs of packages."""
+
+    def find(version: str) -> list[str]:
+        import packaging
+
+        site = str(Path(packaging.__file__).parent.parent)
+        for path in (
+            shutil.which(f"python{version}"),
+            *sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python")),
+        ):
+            if path is None:
+                continue
+            command = [str(path), "-c", "import sys; print(sys.version_info[:2])"]
+            shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            if shown.strip() == str(tuple(int(part) for part in version.split("."))):
+                return ["env", f"SITE={site}", str(path)]
+        pytest.skip(f"no Python {version} here")
+
+    return find
