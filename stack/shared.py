@@ -4,6 +4,11 @@
 line ``excluded PATH: REASON`` for each file of the sdist that is not on the list. Whatever the
 source, the release's commit holds the files on the list and no other, so that both sources give one
 tree and one commit id.
+
+The list is made from the sdist. That the repository has the same files is an expectation until
+``python -m stack sources --compare`` has run where both are at hand. A file that is a symbolic link
+upstream, for one, comes as a copy of its target in an sdist: the comparison names it, and it then
+has to be left out by a rule in ``stack.sdist``.
 """
 
 from __future__ import annotations
