@@ -56,7 +56,9 @@ def parse_override(value: str) -> frozenset[str] | None:
         raise ValueError(f"{ENV}={value!r}: {unknown[0]!r} is not allowed; allowed: {ALLOWED}")
     for operation, required in REQUIRES.items():
         if operation in words and required not in words:
-            raise ValueError(f"{ENV}={value!r}: {operation} requires {required}; add it to the list")
+            raise ValueError(
+                f"{ENV}={value!r}: {operation} requires {required}; add it to the list"
+            )
     return frozenset(words)
 
 

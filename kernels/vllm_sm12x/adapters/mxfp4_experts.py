@@ -35,7 +35,9 @@ class SM12xMxfp4Experts(mk.FusedMoEExpertsModular):
         num_dispatchers: int | None = None,
     ) -> None:
         if quant_config.w1_bias is not None or quant_config.w2_bias is not None:
-            raise ValueError("w1_bias, w2_bias: the sm12x MXFP4 experts have no bias, allowed: None")
+            raise ValueError(
+                "w1_bias, w2_bias: the sm12x MXFP4 experts have no bias, allowed: None"
+            )
         super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
 
     @staticmethod
@@ -51,7 +53,9 @@ class SM12xMxfp4Experts(mk.FusedMoEExpertsModular):
         return False
 
     @staticmethod
-    def _supports_quant_scheme(weight_key: QuantKey | None, activation_key: QuantKey | None) -> bool:
+    def _supports_quant_scheme(
+        weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> bool:
         return weight_key == kMxfp4Static and activation_key is None
 
     @staticmethod

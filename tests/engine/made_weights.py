@@ -1,0 +1,106 @@
+"""A vLLM model loader that makes the weights: seeded, in the checkpoint's formats, of sane size.
+
+vLLM's own ``load_format="dummy"`` leaves the packed experts at zero and everything else near it, so
+that no wrong kernel would show. Here each linear keeps the variance of its input, FP8 blocks have
+E8M0 scales and the experts are MXFP4, as in the published checkpoint. A parameter's values follow
+from its name alone, so that two engines, or a model and its draft, hold the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from vllm.config import ModelConfig
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+LOAD_FORMAT = "made"
+
+_E8M0_BIAS = 127
+# Root mean square of the e4m3 weights before their scale: well inside the format's range.
+_FP8_RMS = 16.0
+# Root mean square of an e2m1 value whose four bits are drawn evenly.
+_E2M1_RMS = math.sqrt(sum(v * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)) / 8)
+# Standard deviation of the logits: greedy text that does not hang on rounding.
+_LOGIT_STD = 4.0
+
+
+def _exponent(rms: float, fan_in: int) -> int:
+    """The power of two that turns values of this root mean square into 1 / sqrt(fan_in)."""
+    return round(-math.log2(rms * math.sqrt(fan_in)))
+
+
+@torch.no_grad()
+def make_parameter(name: str, parameter: torch.Tensor) -> None:
+    """Fill one parameter in place.
+
+    Raises:
+        ValueError: The parameter is of a kind that the checkpoint does not have.
+    """
+    generator = torch.Generator(device=parameter.device)
+    generator.manual_seed(zlib.crc32(name.encode()))
+
+    def normal(std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+        drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        return drawn * std + mean
+
+    leaf = name.rsplit(".", 1)[-1]
+    fan_in = parameter.shape[-1]
+    if leaf == "tid2eid":
+        # Distinct experts for each token id, as the table of the checkpoint has.
+        parameter.copy_(_distinct_experts(parameter, generator))
+    elif parameter.dtype == torch.float8_e4m3fn:
+        parameter.copy_(normal(_FP8_RMS).clamp(-448, 448).to(parameter.dtype))
+    elif parameter.dtype == torch.float8_e8m0fnu:
+        # A scale covers 128 inputs.
+        byte = _E8M0_BIAS + _exponent(_FP8_RMS, 128 * fan_in)
+        parameter.view(torch.uint8).fill_(byte)
+    elif parameter.dtype == torch.uint8 and leaf.endswith("_scale"):
+        # A scale covers 32 inputs. Two neighbouring powers, so that a lost scale shows.
+        byte = _E8M0_BIAS + _exponent(_E2M1_RMS, 32 * fan_in)
+        parameter.random_(byte - 1, byte + 1, generator=generator)
+    elif parameter.dtype == torch.uint8 and leaf.endswith("_weight"):
+        parameter.random_(0, 256, generator=generator)
+    elif not parameter.is_floating_point():
+        raise ValueError(f"{name}: {parameter.dtype} {tuple(parameter.shape)} is not made here")
+    elif leaf == "attn_sink":
+        parameter.copy_(normal())
+    elif leaf.startswith("hc_") and leaf.endswith("_scale"):
+        parameter.fill_(1.0)
+    elif leaf.startswith("hc_") and leaf.endswith("_base"):
+        parameter.copy_(normal(0.5))
+    elif leaf == "e_score_correction_bias":
+        parameter.copy_(normal(0.02))
+    elif leaf == "ape":
+        parameter.copy_(normal(0.1))
+    elif parameter.dim() == 1:
+        parameter.copy_(normal(0.1, mean=1.0))
+    elif "embed_tokens" in name:
+        parameter.copy_(normal())
+    elif "lm_head" in name or "shared_head" in name:
+        parameter.copy_(normal(_LOGIT_STD / math.sqrt(fan_in)))
+    else:
+        parameter.copy_(normal(1 / math.sqrt(fan_in)))
+
+
+def _distinct_experts(table: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    tokens, top_k = table.shape
+    first = torch.randint(0, 256, (tokens, 1), generator=generator, device=table.device)
+    # Odd steps visit all 256 experts before they repeat.
+    step = 2 * torch.randint(0, 128, (tokens, 1), generator=generator, device=table.device) + 1
+    place = torch.arange(top_k, device=table.device)
+    return ((first + step * place) % 256).to(table.dtype)
+
+
+@register_model_loader(LOAD_FORMAT)
+class MadeWeightsLoader(BaseModelLoader):
+    """``load_format="made"``; nothing is read or downloaded."""
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        pass
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        for name, parameter in model.named_parameters():
+            make_parameter(name, parameter.data)

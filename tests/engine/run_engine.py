@@ -1,0 +1,288 @@
+"""Start vLLM on a Flash-shaped model with the portable path forced, and answer requests.
+
+    python tests/engine/run_engine.py --out portable.json
+
+The model is a few layers of DeepSeek V4 Flash's full width, one of each kind, with made weights in
+the checkpoint's formats; it is not downloaded. Tripwires turn every call into FlashMLA, DeepGEMM,
+TileLang or CuTeDSL into an error. Needs a CUDA GPU with 40 GB, and the wheel installed.
+
+What is checked: every request is answered in full, with finite log-probabilities and text that does
+not repeat one token; decoding gives what prefilling the same tokens gives; a request gives the same
+alone and in a batch. ``--path native`` runs upstream's kernels instead, without tripwires, and
+``--compare OTHER.json`` states how far two such runs are apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PROMPT_LENGTHS = (1, 5, 127, 130, 700, 3000)
+OUTPUT_TOKENS = 24
+# Where the answer is cut for the second look at it: prefill what was decoded up to here.
+CUT = 12
+MAX_MODEL_LEN = 8192
+# Below the longest prompt, so that it is read in chunks.
+MAX_BATCHED_TOKENS = 2048
+# Two ways to the same position differ in the order of bf16 sums alone. A log-probability of a
+# vocabulary of logits with standard deviation 4 moves by a few hundredths then.
+LOGPROB_TOLERANCE = 0.25
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    draw = random.Random(20261123)
+    return [[draw.randrange(2, vocab_size) for _ in range(length)] for length in PROMPT_LENGTHS]
+
+
+def start(args: argparse.Namespace, folder: Path) -> Any:
+    from flash_config import write_config
+
+    write_config(folder)
+    from vllm import LLM
+
+    import made_weights
+
+    step = 1 + args.mtp
+    options: dict[str, Any] = {}
+    if args.mtp:
+        options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": args.mtp}
+    return LLM(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        load_format=made_weights.LOAD_FORMAT,
+        kv_cache_dtype="fp8",
+        block_size=256,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=MAX_BATCHED_TOKENS,
+        max_num_seqs=8,
+        gpu_memory_utilization=args.memory,
+        enable_prefix_caching=False,
+        enforce_eager=args.eager,
+        compilation_config={"cudagraph_capture_sizes": [step * n for n in (1, 2, 4, 8)]},
+        seed=0,
+        **options,
+    )
+
+
+def answer(
+    llm: Any, batch: list[list[int]], tokens: int, prompt_logprobs: int | None = None
+) -> Any:
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(
+        temperature=0.0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        logprobs=1,
+        prompt_logprobs=prompt_logprobs,
+        detokenize=False,
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in batch], wanted, use_tqdm=False)
+    return [(list(o.outputs[0].token_ids), chosen(o), o) for o in outputs]
+
+
+def chosen(output: Any) -> list[float]:
+    """Log-probability of each token of the answer."""
+    first = output.outputs[0]
+    return [
+        step[token].logprob for token, step in zip(first.token_ids, first.logprobs, strict=True)
+    ]
+
+
+def teacher_forced(output: Any, prompt: list[int]) -> dict[str, list[float]]:
+    """Log-probability of each prompt token but the first, and the most likely token there."""
+    steps = output.prompt_logprobs[1:]
+    return {
+        "logprob": [step[token].logprob for token, step in zip(prompt[1:], steps, strict=True)],
+        "top": [min(step, key=lambda token, step=step: step[token].rank) for step in steps],
+    }
+
+
+class Checks:
+    """Collects what held and what did not, and prints a line for each."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, holds: bool, seen: str) -> None:
+        self.rows.append({"check": what, "holds": bool(holds), "seen": seen})
+        print(f"{'ok  ' if holds else 'FAIL'} {what}: {seen}", flush=True)
+
+
+def check_answers(llm: Any, batch: list[list[int]], checks: Checks) -> dict[str, Any]:
+    began = time.perf_counter()
+    answers = answer(llm, batch, OUTPUT_TOKENS)
+    first_s = time.perf_counter() - began
+    for prompt, (tokens, logprobs, _) in zip(batch, answers, strict=True):
+        name = f"prompt of {len(prompt)}"
+        checks.add(f"{name}: answered", len(tokens) == OUTPUT_TOKENS, f"{len(tokens)} tokens")
+        checks.add(
+            f"{name}: finite", all(map(math.isfinite, logprobs)), f"mean {mean(logprobs):.3f}"
+        )
+        distinct = len(set(tokens))
+        checks.add(f"{name}: varied", distinct > OUTPUT_TOKENS // 2, f"{distinct} distinct tokens")
+
+    longer = [p + tokens[:CUT] for p, (tokens, _, _) in zip(batch, answers, strict=True)]
+    again = answer(llm, longer, 1)
+    gaps = [
+        abs(new[1][0] - old[1][CUT])
+        for old, new in zip(answers, again, strict=True)
+        if new[0][0] == old[0][CUT]
+    ]
+    same = (
+        f"{len(gaps)} of {len(batch)} tokens equal, largest gap {max(gaps, default=math.nan):.4f}"
+    )
+    checks.add(
+        "prefill continues as decode did",
+        len(gaps) >= len(batch) - 1 and max(gaps) <= LOGPROB_TOLERANCE,
+        same,
+    )
+    alone = [answer(llm, [p], CUT)[0] for p in batch]
+    gaps = [
+        abs(a - b)
+        for old, new in zip(answers, alone, strict=True)
+        for a, b, t, u in zip(old[1], new[1], old[0], new[0], strict=False)
+        if t == u
+    ]
+    forks = sum(old[0][:CUT] != new[0] for old, new in zip(answers, alone, strict=True))
+    checks.add(
+        "alone as in a batch",
+        forks <= 1 and max(gaps) <= LOGPROB_TOLERANCE,
+        f"{forks} of {len(batch)} answers fork, largest gap {max(gaps):.4f}",
+    )
+    began = time.perf_counter()
+    answer(llm, batch, OUTPUT_TOKENS)
+    second_s = time.perf_counter() - began
+    return {
+        "first_batch_s": round(first_s, 3),
+        "same_batch_again_s": round(second_s, 3),
+        "answers": [{"tokens": tokens, "logprobs": lps} for tokens, lps, _ in answers],
+    }
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def compare(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """How far two runs are apart at the same positions of the same prompt."""
+    a, b = mine["teacher_forced"], other["teacher_forced"]
+    gaps = [abs(x - y) for x, y in zip(a["logprob"], b["logprob"], strict=True)]
+    same = [x == y for x, y in zip(a["top"], b["top"], strict=True)]
+    return {
+        "positions": len(gaps),
+        "mean_logprob_gap": round(mean(gaps), 5),
+        "largest_logprob_gap": round(max(gaps), 5),
+        "top_1_agreement": round(mean(same), 5),
+    }
+
+
+def machine() -> dict[str, str]:
+    import torch
+    import triton
+    import vllm
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--path", choices=("portable", "native"), default="portable")
+    parser.add_argument(
+        "--operations", help="exact SM12X_PORTABLE value instead of all or none; no tripwires then"
+    )
+    parser.add_argument("--mtp", type=int, default=0, help="speculative tokens (default: 0)")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs, no torch.compile")
+    parser.add_argument("--memory", type=float, default=0.6, help="share of the GPU's memory")
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser.add_argument("--compare", type=Path, help="a report of another run to compare with")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    sys.path.insert(0, str(HERE))
+    # One process: the tripwires must be where the model runs.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    os.environ["SM12X_PORTABLE"] = args.operations or ("all" if args.path == "portable" else "none")
+    guarded = args.path == "portable" and not args.operations
+    if guarded:
+        import tripwire
+
+        tripwire.install()
+
+    checks = Checks()
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        llm = start(args, Path(folder))
+        start_s = time.perf_counter() - began
+        print(f"engine ready after {start_s:.1f} s", flush=True)
+        batch = prompts(llm.llm_engine.model_config.get_vocab_size())
+        report: dict[str, Any] = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "command": " ".join(["python", "tests/engine/run_engine.py", *sys.argv[1:]]),
+            "machine": machine(),
+            "SM12X_PORTABLE": os.environ["SM12X_PORTABLE"],
+            "mtp": args.mtp,
+            "eager": args.eager,
+            "start_s": round(start_s, 1),
+        }
+        report.update(check_answers(llm, batch, checks))
+        if not args.mtp:
+            forced = batch[PROMPT_LENGTHS.index(700)]
+            (_, _, output) = answer(llm, [forced], 1, prompt_logprobs=1)[0]
+            report["teacher_forced"] = teacher_forced(output, forced)
+    if guarded:
+        checks.add(
+            "no call into FlashMLA, DeepGEMM, TileLang or CuTeDSL",
+            not tripwire.calls,
+            f"{len(tripwire.calls)} calls {sorted(set(tripwire.calls))[:5]}",
+        )
+    if args.compare:
+        report["compared"] = compare(report, json.loads(args.compare.read_text()))
+        print(f"compared with {args.compare.name}: {report['compared']}", flush=True)
+    report["checks"] = checks.rows
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    failed = sum(not row["holds"] for row in checks.rows)
+    host = report["machine"]
+    print(
+        f"{host['gpu']}, vLLM {host['vllm']}, start {report['start_s']} s, "
+        f"first batch {report['first_batch_s']} s, again {report['same_batch_again_s']} s"
+    )
+    print(f"{len(checks.rows) - failed} checks hold, {failed} do not")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
