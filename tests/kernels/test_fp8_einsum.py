@@ -113,8 +113,8 @@ def test_every_layout_gives_the_same(weight_dims, scale_dtype):
 
 def test_scales_at_both_ends():
     a, a_scale, b, b_scale, out = draw(2, 1, 256, 128)
-    # 2**-127, a subnormal float32, and 2**127, which leaves room for a factor below 2. The scales of
-    # the activations make up for it, so that both blocks count alike.
+    # 2**-127, a subnormal float32, and 2**127, which leaves room for a factor below 2. The scales
+    # of the activations make up for it, so that both blocks count alike.
     b_scale[:] = torch.tensor([[0, 254]], dtype=torch.uint8)
     a_scale[..., 0], a_scale[..., 1] = 2.0**117, 2.0**-137
     b[:, BLOCK:] = (b[:, BLOCK:].float() / 256).to(E4M3)

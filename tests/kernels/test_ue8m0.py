@@ -67,7 +67,8 @@ def test_blocks_are_scaled_as_a_loop_does(shape, block_shape):
     scale = torch.randn([size // b for size, b in zip(shape, block, strict=True)]).double()
     expected = torch.full_like(values, math.nan)
     for index in itertools.product(*map(range, shape)):
-        expected[index] = values[index] * scale[tuple(i // b for i, b in zip(index, block))]
+        of_block = tuple(i // b for i, b in zip(index, block, strict=True))
+        expected[index] = values[index] * scale[of_block]
     result = scale_blocks_(values, scale, block_shape)
     assert result is values
     assert torch.equal(values, expected)
