@@ -1,8 +1,8 @@
 """Indexer logits in plain PyTorch, float32 throughout.
 
-The products are float32 matrix products. PyTorch takes TF32 for them only where it is told to
-(``torch.set_float32_matmul_precision``; the default is "highest", and vLLM keeps it). This file
-relies on that default and changes no global setting.
+The products are float32 matrix products. PyTorch takes TF32 for them only where it is told to: with
+``torch.set_float32_matmul_precision``, which vLLM calls with VLLM_FLOAT32_MATMUL_PRECISION. The
+default of both is "highest". This file relies on it and changes no global setting.
 """
 
 from __future__ import annotations
@@ -32,20 +32,34 @@ def fp8_mqa_logits(
     for first_key in range(0, keys, key_step):
         columns = slice(first_key, min(first_key + key_step, keys))
         keys_t = k[columns].float().t()
-        for first_token in range(0, tokens, token_step):
-            rows = slice(first_token, min(first_token + token_step, tokens))
-            scores = torch.matmul(q[rows].float().flatten(0, 1), keys_t).relu_()
-            scores = scores.view(-1, heads, columns.stop - columns.start)
-            summed = torch.bmm(weights[rows].unsqueeze(1), scores).squeeze(1)
-            torch.mul(summed, k_scale[columns], out=logits[rows, columns])
-            del scores, summed
+        for first in range(0, tokens, token_step):
+            rows = slice(first, min(first + token_step, tokens))
+            tile = logits[rows, columns]
+            _score(q[rows], keys_t, k_scale[columns], weights[rows], tile)
             if clean_logits:
-                column = torch.arange(
-                    columns.start, columns.stop, dtype=torch.int32, device=q.device
-                )
-                outside = (column < ks[rows].unsqueeze(1)) | (column >= ke[rows].unsqueeze(1))
-                logits[rows, columns].masked_fill_(outside, -torch.inf)
+                _clean(tile, ks[rows] - first_key, ke[rows] - first_key)
+        del keys_t  # else it outlives the next allocation
     return logits
+
+
+def _score(
+    q: torch.Tensor,
+    keys_t: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    tile: torch.Tensor,
+) -> None:
+    scores = torch.matmul(q.float().flatten(0, 1), keys_t).relu_()
+    scores = scores.view(*weights.shape, keys_t.shape[1])
+    summed = torch.bmm(weights.unsqueeze(1), scores).squeeze(1)
+    torch.mul(summed, k_scale, out=tile)
+
+
+def _clean(tile: torch.Tensor, first: torch.Tensor, end: torch.Tensor) -> None:
+    """``-inf`` outside ``[first, end)``, both int32 ``[rows]`` and counted from the tile's edge."""
+    column = torch.arange(tile.shape[1], dtype=torch.int32, device=tile.device)
+    outside = (column < first.unsqueeze(1)) | (column >= end.unsqueeze(1))
+    tile.masked_fill_(outside, -torch.inf)
 
 
 def scratch_bytes(tokens: int, heads: int, keys: int) -> int:

@@ -1,8 +1,8 @@
 """Paged indexer logits in plain PyTorch, float32 throughout.
 
-The products are float32 matrix products. PyTorch takes TF32 for them only where it is told to
-(``torch.set_float32_matmul_precision``; the default is "highest", and vLLM keeps it). This file
-relies on that default and changes no global setting.
+The products are float32 matrix products. PyTorch takes TF32 for them only where it is told to: with
+``torch.set_float32_matmul_precision``, which vLLM calls with VLLM_FLOAT32_MATMUL_PRECISION. The
+default of both is "highest". This file relies on it and changes no global setting.
 
 Lengths are not known on the host, so every page that the block table has room for is scored. What
 bounds the work is the smaller of the table's width and ``max_model_len``.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sm12x.ops.paged_mqa_logits.layout import BLOCK_SIZE, HEAD_DIM, TOKEN_BYTES
+from vllm_sm12x.ops.paged_mqa_logits.layout import BLOCK_SIZE, HEAD_DIM, SCALE_BYTES, TOKEN_BYTES
 
 # Requests and pages are taken in chunks that fit into this many bytes; one page at least.
 SCRATCH_BYTES = 256 << 20
@@ -38,22 +38,14 @@ def fp8_paged_mqa_logits(
         part = slice(first, min(first + request_step, requests))
         rows = slice(part.start * next_n, part.stop * next_n)
         queries = q[part].float().flatten(1, 2)
-        row_weights = weights[rows].unsqueeze(1)
         for first_page in range(0, pages, page_step):
             run = slice(first_page, min(first_page + page_step, pages))
             columns = slice(run.start * BLOCK_SIZE, min(run.stop * BLOCK_SIZE, max_model_len))
-            keys, scales = _read_pages(kv_cache, block_tables[part, run], lens[part], run)
-            scores = torch.bmm(queries, keys.transpose(1, 2)).relu_()
-            scores = scores.view(-1, heads, keys.shape[1])
-            summed = torch.bmm(row_weights, scores).view(-1, next_n, keys.shape[1])
-            summed.mul_(scales.unsqueeze(1))
-            logits[rows, columns] = summed.flatten(0, 1)[:, : columns.stop - columns.start]
-    if clean_logits:
-        column = torch.arange(max_model_len, dtype=torch.int32, device=q.device)
-        for first in range(0, requests, request_step):
-            part = slice(first, min(first + request_step, requests))
-            outside = column >= lens[part].reshape(-1, 1)
-            logits[part.start * next_n : part.stop * next_n].masked_fill_(outside, -torch.inf)
+            page = _used_pages(block_tables[part, run], lens[part], run, kv_cache.shape[0])
+            _score(queries, kv_cache, page, weights[rows], logits[rows, columns])
+        del queries  # else it outlives the next allocation
+        if clean_logits:
+            _clean(logits[rows], lens[part])
     return logits
 
 
@@ -94,28 +86,50 @@ def _request_bytes(next_n: int, heads: int) -> int:
     return next_n * (heads * 4 * HEAD_DIM + 16)
 
 
-def _read_pages(
-    kv_cache: torch.Tensor, table: torch.Tensor, lens: torch.Tensor, run: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys ``[b, pages * 64, 128]`` and scales ``[b, pages * 64]`` of pages ``run``, float32.
+def _used_pages(table: torch.Tensor, lens: torch.Tensor, run: slice, blocks: int) -> torch.Tensor:
+    """Pages to read, int64 ``[b, pages]``: page 0 where no length reaches.
 
-    Pages that no length reaches are read as page 0. Their logits are undefined anyway, and a key
-    touches its own column alone, so that what the page holds does not matter.
+    The logits there are undefined anyway, and a key touches its own column alone, so that what
+    page 0 holds does not matter.
     """
-    blocks, start = kv_cache.shape[0], kv_cache.storage_offset()
-    # The stride of a dimension of size 1 means nothing.
-    stride = kv_cache.stride(0) if blocks > 1 else BLOCK_SIZE * TOKEN_BYTES
     first_key = torch.arange(run.start, run.stop, dtype=torch.int32, device=table.device)
     first_key *= BLOCK_SIZE
     used = (first_key < lens.amax(1, keepdim=True)) & (table >= 0) & (table < blocks)
-    page = table.masked_fill(~used, 0).long()
-    values = kv_cache.as_strided((blocks, BLOCK_SIZE * HEAD_DIM), (stride, 1), start)
-    scales = kv_cache.as_strided(
-        (blocks, BLOCK_SIZE * 4), (stride, 1), start + BLOCK_SIZE * HEAD_DIM
-    )
+    return table.masked_fill(~used, 0).long()
+
+
+def _score(
+    queries: torch.Tensor,
+    kv_cache: torch.Tensor,
+    page: torch.Tensor,
+    weights: torch.Tensor,
+    tile: torch.Tensor,
+) -> None:
+    """``queries`` float32 ``[b, next_n * heads, 128]``, ``page`` ``[b, pages]``, into ``tile``."""
+    values, scales = _page_views(kv_cache)
+    requests, width = page.shape[0], page.shape[1] * BLOCK_SIZE
     # Eight bytes at a time: a gather of single bytes would be many times slower.
     keys = values.view(torch.int64)[page].view(torch.float8_e4m3fn).float()
-    return (
-        keys.view(table.shape[0], -1, HEAD_DIM),
-        scales.view(torch.float32)[page].flatten(1),
-    )
+    keys = keys.view(requests, width, HEAD_DIM)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).relu_()
+    scores = scores.view(*weights.shape, width)
+    summed = torch.bmm(weights.unsqueeze(1), scores).view(requests, -1, width)
+    summed.mul_(scales.view(torch.float32)[page].view(requests, 1, width))
+    tile.copy_(summed.flatten(0, 1)[:, : tile.shape[1]])
+
+
+def _page_views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parts of every page, uint8: keys ``[blocks, 8192]`` and scales ``[blocks, 256]``."""
+    blocks, start = kv_cache.shape[0], kv_cache.storage_offset()
+    # The stride of a dimension of size 1 means nothing.
+    stride = kv_cache.stride(0) if blocks > 1 else BLOCK_SIZE * TOKEN_BYTES
+    key_bytes = BLOCK_SIZE * HEAD_DIM
+    keys = kv_cache.as_strided((blocks, key_bytes), (stride, 1), start)
+    scales = kv_cache.as_strided((blocks, BLOCK_SIZE * SCALE_BYTES), (stride, 1), start + key_bytes)
+    return keys, scales
+
+
+def _clean(rows: torch.Tensor, lens: torch.Tensor) -> None:
+    """``-inf`` from each row's length on; ``lens`` int32 ``[b, next_n]``."""
+    column = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device)
+    rows.masked_fill_(column >= lens.reshape(-1, 1), -torch.inf)

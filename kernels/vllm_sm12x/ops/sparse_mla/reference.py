@@ -1,13 +1,13 @@
 """Sparse MLA in plain PyTorch, float32 throughout; only the result is rounded, to bfloat16.
 
-The products are float32 matrix products. PyTorch takes TF32 for them only where it is told to
-(``torch.set_float32_matmul_precision``; the default is "highest", and vLLM keeps it). This file
-relies on that default and changes no global setting.
+The products are float32 matrix products. PyTorch takes TF32 for them only where it is told to: with
+``torch.set_float32_matmul_precision``, which vLLM calls with VLLM_FLOAT32_MATMUL_PRECISION. The
+default of both is "highest". This file relies on it and changes no global setting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -34,21 +34,12 @@ def sparse_mla_decode(
     lse: torch.Tensor | None = None,
 ) -> None:
     tokens, heads, _ = q.shape
-    widths = [indices.shape[1] for _, indices, _ in sets]
-    step = _chunk(_token_bytes(heads, sum(widths), DECODE_BYTES_PER_KEY))
-    for first in range(0, tokens, step):
-        part = slice(first, min(first + step, tokens))
-        count = part.stop - part.start
-        keys = torch.empty((count, sum(widths), HEAD_DIM), dtype=torch.float32, device=q.device)
-        valid = torch.empty((count, sum(widths)), dtype=torch.bool, device=q.device)
-        column = 0
-        for (cache, indices, lens), width in zip(sets, widths, strict=True):
-            columns = slice(column, column + width)
-            named = _named(indices[part], lens[part], fp8_ds_mla.capacity(cache))
-            valid[:, columns] = named
-            fp8_ds_mla.dequantize_slots(cache, indices[part], named, keys[:, columns])
-            column += width
+    width = sum(indices.shape[1] for _, indices, _ in sets)
+    for part in _parts(tokens, _token_bytes(heads, width, DECODE_BYTES_PER_KEY)):
+        chunk = [(cache, indices[part], lens[part]) for cache, indices, lens in sets]
+        keys, valid = _read_sets(chunk)
         _attend(q, keys, valid, attn_sink, softmax_scale, out, lse, part)
+        del keys, valid  # else they outlive the next chunk's allocation
 
 
 def sparse_mla_prefill(
@@ -62,21 +53,11 @@ def sparse_mla_prefill(
     lse: torch.Tensor | None = None,
 ) -> None:
     tokens, heads, _ = q.shape
-    rows, width = kv.shape[0], indices.shape[1]
-    step = _chunk(_token_bytes(heads, width, PREFILL_BYTES_PER_KEY))
-    for first in range(0, tokens, step):
-        part = slice(first, min(first + step, tokens))
-        count = part.stop - part.start
-        valid = _named(indices[part], lens[part], rows)
-        if rows == 0:
-            keys = torch.zeros((count, width, HEAD_DIM), dtype=torch.float32, device=q.device)
-        else:
-            row = indices[part].masked_fill(~valid, 0).flatten().long()
-            found = kv.index_select(0, row).view(count, width, HEAD_DIM)
-            # Rows read in place of absent keys may hold NaN, and 0 * NaN is NaN.
-            keys = found.masked_fill_(~valid.unsqueeze(-1), 0).float()
-            del row, found
+    width = indices.shape[1]
+    for part in _parts(tokens, _token_bytes(heads, width, PREFILL_BYTES_PER_KEY)):
+        keys, valid = _read_rows(kv, indices[part], lens[part])
         _attend(q, keys, valid, attn_sink, softmax_scale, out, lse, part)
+        del keys, valid  # else they outlive the next chunk's allocation
 
 
 def decode_scratch_bytes(tokens: int, heads: int, keys: int) -> int:
@@ -95,6 +76,12 @@ def _chunk(token_bytes: int) -> int:
     return max(1, SCRATCH_BYTES // token_bytes)
 
 
+def _parts(tokens: int, token_bytes: int) -> Iterator[slice]:
+    step = _chunk(token_bytes)
+    for first in range(0, tokens, step):
+        yield slice(first, min(first + step, tokens))
+
+
 def _token_bytes(heads: int, keys: int, bytes_per_key: int) -> int:
     """Scratch of one token: its keys, its scores, and queries, results and sums in float32."""
     return keys * (4 * HEAD_DIM + bytes_per_key + 4 * heads) + heads * (8 * HEAD_DIM + 64)
@@ -104,6 +91,35 @@ def _named(indices: torch.Tensor, lens: torch.Tensor, capacity: int) -> torch.Te
     """Which entries name a key: inside the length and inside the cache. ``[T, W]`` bool."""
     column = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
     return (column < lens.unsqueeze(1)) & (indices >= 0) & (indices < capacity)
+
+
+def _read_sets(sets: Sequence[KeySet]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys float32 ``[t, W + E, 512]``, zeros where none is named, and which are ``[t, W + E]``."""
+    tokens, device = sets[0][1].shape[0], sets[0][1].device
+    width = sum(indices.shape[1] for _, indices, _ in sets)
+    keys = torch.empty((tokens, width, HEAD_DIM), dtype=torch.float32, device=device)
+    valid = torch.empty((tokens, width), dtype=torch.bool, device=device)
+    column = 0
+    for cache, indices, lens in sets:
+        columns = slice(column, column + indices.shape[1])
+        named = _named(indices, lens, fp8_ds_mla.capacity(cache))
+        valid[:, columns] = named
+        fp8_ds_mla.dequantize_slots(cache, indices, named, keys[:, columns])
+        column = columns.stop
+    return keys, valid
+
+
+def _read_rows(
+    kv: torch.Tensor, indices: torch.Tensor, lens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`_read_sets`, from gathered rows."""
+    valid = _named(indices, lens, kv.shape[0])
+    if kv.shape[0] == 0:
+        return kv.new_zeros((*indices.shape, HEAD_DIM), dtype=torch.float32), valid
+    row = indices.masked_fill(~valid, 0).flatten().long()
+    found = kv.index_select(0, row).view(*indices.shape, HEAD_DIM)
+    # Rows read in place of absent keys may hold NaN, and 0 * NaN is NaN.
+    return found.masked_fill_(~valid.unsqueeze(-1), 0).float(), valid
 
 
 def _attend(
