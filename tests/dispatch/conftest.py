@@ -1,0 +1,317 @@
+"""A faked CUDA platform for the dispatch tests: any capability, on a machine without a GPU.
+
+The patched functions are vLLM's own, called in this process. vLLM asks ``current_platform`` for
+the capability, and many modules bind that object when they are imported, so the fake is in place
+before the first of them loads. When the last test of this folder is done, vLLM's own platform is
+back in every module that had bound the fake one.
+
+What needs Triton's interpreter runs in a child process (``interpreted/``), because Triton must
+know at its import that it interprets.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+# An installed wheel is tested as installed; a bare checkout is tested in place.
+if importlib.util.find_spec("vllm_sm12x") is None:
+    sys.path.insert(0, str(HERE.parents[1] / "kernels"))
+
+# The tables below are written by hand: what each test expects must not come from dispatch.py.
+NAMES = (
+    "sparse_mla_decode",
+    "sparse_mla_prefill",
+    "mqa_logits",
+    "paged_mqa_logits",
+    "fp8_einsum",
+    "fp8_linear",
+    "mhc",
+    "mxfp4_experts",
+    "cutedsl",
+    "window_rope",
+)
+CAPABILITIES = ((9, 0), (10, 0), (12, 0), (12, 1))
+PORTABLE_BY_ITSELF = {(9, 0): False, (10, 0): False, (12, 0): True, (12, 1): True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A GPU, what ``SM12X_PORTABLE`` holds (``None``: unset), and which path is right."""
+
+    capability: tuple[int, int]
+    override: str | None
+    portable: bool
+
+    def __str__(self) -> str:
+        major, minor = self.capability
+        shown = self.override
+        if shown is None:
+            shown = "unset"
+        elif len(shown) > 60:
+            shown = "all_others"
+        return f"{major}.{minor}-{shown}"
+
+
+def cases_of(operations: tuple[str, ...]) -> list[Case]:
+    """Every capability with the override off, on, naming the operations, and naming the others."""
+    alone = list(operations)
+    if "fp8_linear" in alone and "fp8_einsum" not in alone:
+        alone.append("fp8_einsum")  # fp8_linear cannot be listed without it
+    dropped = set(operations)
+    if "fp8_einsum" in dropped:
+        dropped.add("fp8_linear")
+    others = [name for name in NAMES if name not in dropped]
+    return [
+        case
+        for capability in CAPABILITIES
+        for case in (
+            Case(capability, None, PORTABLE_BY_ITSELF[capability]),
+            Case(capability, "auto", PORTABLE_BY_ITSELF[capability]),
+            Case(capability, "none", False),
+            Case(capability, "all", True),
+            Case(capability, ",".join(alone), True),
+            Case(capability, ",".join(others), False),
+        )
+    ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "operation(*names): the test's `portable` says whether these operations take our path",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("operation")
+        assert marker is not None, "a test with `case` or `portable` needs the operation marker"
+        metafunc.parametrize("case", cases_of(marker.args), ids=str)
+
+
+# The fake platform.
+
+
+def _import_with_stubs(name: str, stubs: dict[str, types.ModuleType]) -> types.ModuleType:
+    """Import a module; where its compiled parts do not load here, with stubs in their place."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        absent = [stub for stub in stubs if stub not in sys.modules]
+        for stub in absent:
+            sys.modules[stub] = stubs[stub]
+        try:
+            return importlib.import_module(name)
+        finally:
+            for stub in absent:
+                del sys.modules[stub]
+
+
+def _fake_platform_class() -> type:
+    cuda = _import_with_stubs(
+        "vllm.platforms.cuda",
+        {name: types.ModuleType(name) for name in ("vllm._C", "vllm._C_stable_libtorch")},
+    )
+    from vllm.platforms.interface import DeviceCapability
+
+    class FakeCudaPlatform(cuda.CudaPlatformBase):
+        capability = (9, 0)
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(*cls.capability)
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return "fake"
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return 80 << 30
+
+        @classmethod
+        def is_fully_connected(cls, physical_device_ids: list[int]) -> bool:
+            return False
+
+    return FakeCudaPlatform
+
+
+def _rebind(old: object, new: object) -> None:
+    """Replace one platform object by another in every vLLM module that has bound it."""
+    for name, module in list(sys.modules.items()):
+        if (
+            name.startswith(("vllm.", "vllm_sm12x."))
+            and name != "vllm.platforms"
+            and module.__dict__.get("current_platform") is old
+        ):
+            module.current_platform = new
+
+
+def _clear_caches() -> None:
+    from vllm_sm12x import dispatch
+
+    dispatch.clear_cache()
+    deep_gemm = sys.modules.get("vllm.utils.deep_gemm")
+    if deep_gemm is not None:
+        deep_gemm.is_deep_gemm_supported.cache_clear()
+        deep_gemm.is_deep_gemm_e8m0_used.cache_clear()
+
+
+@pytest.fixture(scope="package")
+def cuda(request: pytest.FixtureRequest) -> Iterator[type]:
+    """The fake platform's class; its ``capability`` can be set."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here")
+    # The child's imports take as long as ours: let it begin now.
+    if any("interpreted" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("interpreter")
+    patch = pytest.MonkeyPatch()
+    import vllm.platforms
+
+    real = vllm.platforms._current_platform
+    platform = _fake_platform_class()()
+    patch.setattr(vllm.platforms, "_current_platform", platform)
+    patch.setitem(vllm.platforms.__dict__, "current_platform", platform)
+    _rebind(real, platform)
+    import vllm._custom_ops
+
+    # Modules ask these while they are imported. The CUTLASS kernels exist for all four GPUs.
+    for probe in (
+        "cutlass_scaled_mm_supports_fp8",
+        "cutlass_scaled_mm_supports_block_fp8",
+        "cutlass_group_gemm_supported",
+    ):
+        patch.setattr(vllm._custom_ops, probe, lambda capability: True)
+    flash_attn = types.ModuleType("vllm.vllm_flash_attn")
+    for name in (
+        "fa_version_unsupported_reason",
+        "flash_attn_varlen_func",
+        "get_scheduler_metadata",
+        "is_fa_version_supported",
+    ):
+        setattr(flash_attn, name, None)
+    _import_with_stubs("vllm.v1.attention.backends.fa_utils", {"vllm.vllm_flash_attn": flash_attn})
+    yield type(platform)
+    patch.undo()
+    if real is None:
+        # Still undecided before; whoever bound the fake one gets what vLLM would have found.
+        _rebind(platform, vllm.platforms.current_platform)
+    else:
+        _rebind(platform, real)
+    _clear_caches()
+
+
+@pytest.fixture
+def choose(
+    cuda: type, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[tuple[int, int], str | None], None]]:
+    """Set the capability and ``SM12X_PORTABLE``, as often as a test likes."""
+
+    def set_both(capability: tuple[int, int], override: str | None) -> None:
+        monkeypatch.setattr(cuda, "capability", capability)
+        if override is None:
+            monkeypatch.delenv("SM12X_PORTABLE", raising=False)
+        else:
+            monkeypatch.setenv("SM12X_PORTABLE", override)
+        _clear_caches()
+
+    yield set_both
+    _clear_caches()
+
+
+@pytest.fixture
+def portable(case: Case, choose: Callable[[tuple[int, int], str | None], None]) -> bool:
+    """Set up the case; whether the operations of the test's marker take our path in it."""
+    choose(case.capability, case.override)
+    return case.portable
+
+
+# The child process in which Triton interprets.
+
+
+@dataclass
+class Interpreted:
+    """Outcome of the checks in ``interpreted/``, by file and by the name of the check."""
+
+    failures: dict[str, dict[str, str]] = field(default_factory=dict)
+    passed: dict[str, list[str]] = field(default_factory=dict)
+    output: str = ""
+
+    def require(self, file: str, at_least: int) -> None:
+        """Fail unless every check of the file passed and there are as many as expected."""
+        failures = self.failures.get(file, {})
+        if failures:
+            pytest.fail(
+                "\n".join(f"{name}: {text}" for name, text in failures.items()), pytrace=False
+            )
+        passed = self.passed.get(file, [])
+        assert len(passed) >= at_least, f"{file}: {len(passed)} checks ran\n{self.output[-6000:]}"
+
+
+@pytest.fixture(scope="package")
+def interpreter(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]:
+    folder = tmp_path_factory.mktemp("interpreted")
+    report, log = folder / "report.xml", folder / "output.txt"
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "SM12X_PORTABLE": "all",
+        # vLLM turns Triton off where no GPU driver is active, unless no GPU is to be seen.
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--override-ini=python_files=check_*.py",
+                f"--junit-xml={report}",
+                str(HERE / "interpreted"),
+            ],
+            cwd=HERE.parents[1],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    yield process, report, log
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="package")
+def interpreted(interpreter: tuple[subprocess.Popen[str], Path, Path]) -> Interpreted:
+    process, report, log = interpreter
+    process.wait(timeout=600)
+    result = Interpreted(output=log.read_text())
+    if report.is_file():
+        for check in ElementTree.parse(report).iter("testcase"):
+            file = check.get("classname", "").rpartition(".")[2]
+            problems = [child for child in check if child.tag in ("failure", "error", "skipped")]
+            if problems:
+                text = problems[0].text or problems[0].get("message", "")
+                result.failures.setdefault(file, {})[check.get("name", "")] = text
+            else:
+                result.passed.setdefault(file, []).append(check.get("name", ""))
+    return result
