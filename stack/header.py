@@ -44,15 +44,16 @@ class Patch:
     @cached_property
     def _mail(self) -> tuple[str, str]:
         try:
-            mail = message_from_bytes(self.raw)
-            raw_subject = str(make_header(decode_header(mail["Subject"] or "")))
+            headers = dict(message_from_bytes(self.raw).raw_items())
+            # Bytes above 127 come as surrogates.
+            raw_subject = str(headers.get("Subject", "")).encode("utf-8", "surrogateescape")
+            decoded = str(make_header(decode_header(raw_subject.decode("utf-8", "replace"))))
         except (MessageError, LookupError, UnicodeDecodeError) as error:
             raise StackError(
                 f"patches/{self.name}: the mail header cannot be read: {error}",
                 "write it as `git format-patch` does",
             ) from None
-        # A header comes unfolded from the parser but for its line ends.
-        subject = re.sub(r"\s*\n\s*", " ", _utf8(raw_subject))
+        subject = re.sub(r"\s*\n\s*", " ", decoded)
         _, _, body = self.raw.partition(b"\n\n")
         text = body.decode("utf-8", "replace")
         message = re.split(r"^(?:---\s*$|diff --git |Index: )", text, maxsplit=1, flags=re.M)[0]
@@ -150,15 +151,6 @@ def slug(subject: str) -> str:
     text = re.sub(r"[^A-Za-z0-9._]+", "-", subject)
     text = re.sub(r"\.+", ".", text).lstrip("-")
     return text.rstrip(".-")
-
-
-def _utf8(text: str) -> str:
-    # The mail parser hands bytes above 127 in a header over as surrogates.
-    return (
-        text.encode("ascii", "surrogateescape").decode("utf-8", "replace")
-        if any(0xDC80 <= ord(letter) <= 0xDCFF for letter in text)
-        else text
-    )
 
 
 def _file_bodies(raw: bytes) -> list[list[bytes]]:

@@ -64,7 +64,8 @@ def read(sdist: Path) -> Iterator[tuple[str, str, bytes]]:
         with tarfile.open(sdist, "r:gz") as archive:
             for member in archive:
                 parts = member.name.split("/")
-                if member.name.startswith("/") or {"", ".", "..", ".git"} & set(parts):
+                unsafe = {"", ".", "..", ".git"} & set(parts) or not member.name.isprintable()
+                if unsafe:
                     raise StackError(f"{sdist.name}: unsafe path {member.name!r}", _hint(sdist))
                 tops.add(parts[0])
                 if len(tops) > 1:
