@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from capture_safety import operations_of
+from capture import record
 from tolerance import assert_close_to_reference
 
 from vllm_sm12x.ops import mhc
@@ -18,7 +18,16 @@ def sigmoid(value):
 
 
 def define_pre(
-    residual, fn, hc_scale, hc_base, *, rms_eps, pre_eps, sinkhorn_eps, post_value, rounds
+    residual,
+    fn,
+    hc_scale,
+    hc_base,
+    *,
+    rms_eps,
+    pre_eps,
+    sinkhorn_eps,
+    post_value,
+    rounds,
 ):
     """One token, with Python's floats: ``residual`` [M, H]; gates, post weights, mix and input."""
     streams = residual.double().tolist()
@@ -163,7 +172,10 @@ def test_mix_is_doubly_stochastic():
 @pytest.mark.parametrize("squeezed", [False, True])
 def test_post_equals_definition(num_tokens, squeezed):
     hidden = 24
-    x, residual = draw_streams(num_tokens, hidden), draw_streams(num_tokens, M, hidden, seed=1)
+    x, residual = (
+        draw_streams(num_tokens, hidden),
+        draw_streams(num_tokens, M, hidden, seed=1),
+    )
     post_mix = draw_streams(num_tokens, M, 1, seed=2, dtype=torch.float32)
     comb_mix = draw_streams(num_tokens, M, M, seed=3, dtype=torch.float32)
     given = post_mix.squeeze(-1) if squeezed else post_mix
@@ -192,7 +204,10 @@ def test_post_hand_computed():
 @pytest.mark.parametrize("normed", [False, True])
 def test_fused_is_post_then_pre(num_tokens, normed):
     hidden = 64
-    x, residual = draw_streams(num_tokens, hidden), draw_streams(num_tokens, M, hidden, seed=1)
+    x, residual = (
+        draw_streams(num_tokens, hidden),
+        draw_streams(num_tokens, M, hidden, seed=1),
+    )
     mapping = draw_mapping(hidden)
     post_mix, comb_mix, _ = pre(draw_streams(num_tokens, M, hidden, seed=2), mapping)
     norm = {"norm_weight": draw_streams(hidden), "norm_eps": 0.1} if normed else {}
@@ -259,13 +274,15 @@ def test_equals_vllm_torch(hidden):
         torch.testing.assert_close(actual, other)
     x = draw_streams(6, hidden, seed=3)
     torch.testing.assert_close(
-        mhc.mhc_post(x, residual, *ours[:2]), theirs.mhc_post_torch(x, residual, *ours[:2])
+        mhc.mhc_post(x, residual, *ours[:2]),
+        theirs.mhc_post_torch(x, residual, *ours[:2]),
     )
 
 
 def test_equals_transformers():
     theirs = pytest.importorskip(
-        "transformers.models.deepseek_v4.modeling_deepseek_v4", reason="transformers is too old"
+        "transformers.models.deepseek_v4.modeling_deepseek_v4",
+        reason="transformers is too old",
     )
     hidden = 256
     config = theirs.DeepseekV4Config(hidden_size=hidden)
@@ -350,6 +367,14 @@ def test_chunks_give_the_same(budget, monkeypatch):
     for actual, expected in zip(pre(residual, mapping), whole, strict=True):
         torch.testing.assert_close(actual, expected, equal_nan=False)
     assert torch.equal(mhc.mhc_post(x, residual, *whole[:2]), whole_post)
+    # On top of the scratch: the results, and what does not grow with the hidden size.
+    results = sum(result.nbytes for result in whole)
+    fixed = 2**12
+    scratch = reference.scratch_bytes(5, M, 64)
+    held = record(mhc.mhc_pre, residual, *mapping, EPS, EPS, EPS, 2.0, ROUNDS).peak_bytes
+    assert held <= scratch + results + fixed
+    held = record(mhc.mhc_post, x, residual, *whole[:2]).peak_bytes
+    assert held <= scratch + residual.nbytes + fixed
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8192])
@@ -370,7 +395,7 @@ def test_the_same_work_whatever_the_values():
             lambda: mhc.hc_head(residual, mapping[0][:M], mapping[1][:1], mapping[2][:M], EPS, EPS),
             lambda: mhc.hc_prenorm_gemm(residual.flatten(1), mapping[0], out, sqrsum, 2),
         ]
-        return [operations_of(call) for call in calls]
+        return [record(call).calls for call in calls]
 
     usual = traces(draw_streams(3, M, 64), draw_streams(3, 64))
     assert usual == traces(draw_streams(3, M, 64) * math.nan, torch.zeros(3, 64).bfloat16())
@@ -379,22 +404,49 @@ def test_the_same_work_whatever_the_values():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"residual": draw_streams(2, M, 8).float()}, "residual: dtype torch.float32, allowed"),
-        ({"residual": draw_streams(8)}, r"residual: shape \(8,\), allowed: \(\.\.\., hc_mult"),
+        (
+            {"residual": draw_streams(2, M, 8).float()},
+            "residual: dtype torch.float32, allowed",
+        ),
+        (
+            {"residual": draw_streams(8)},
+            r"residual: shape \(8,\), allowed: \(\.\.\., hc_mult",
+        ),
         ({"residual": draw_streams(2, M, 0)}, r"residual: shape \(2, 4, 0\)"),
         ({"fn": torch.zeros(MIX, 8)}, r"fn: shape \(24, 8\), allowed: \(24, 32\)"),
-        ({"fn": torch.zeros(MIX, 32).bfloat16()}, r"fn: dtype torch\.bfloat16, allowed"),
+        (
+            {"fn": torch.zeros(MIX, 32).bfloat16()},
+            r"fn: dtype torch\.bfloat16, allowed",
+        ),
         ({"hc_scale": torch.zeros(2)}, r"hc_scale: shape \(2,\), allowed: \(3\)"),
         ({"hc_base": torch.zeros(4)}, r"hc_base: shape \(4,\), allowed: \(24\)"),
-        ({"hc_base": torch.zeros(MIX, device="meta")}, "hc_base: device meta, allowed: cpu"),
+        (
+            {"hc_base": torch.zeros(MIX, device="meta")},
+            "hc_base: device meta, allowed: cpu",
+        ),
         ({"sinkhorn_repeat": 0}, "sinkhorn_repeat: 0, allowed: 1 and more"),
-        ({"norm_weight": torch.zeros(4).bfloat16()}, r"norm_weight: shape \(4,\), allowed: \(8\)"),
-        ({"norm_weight": torch.zeros(8).half()}, r"norm_weight: dtype torch\.float16, allowed"),
+        (
+            {"norm_weight": torch.zeros(4).bfloat16()},
+            r"norm_weight: shape \(4,\), allowed: \(8\)",
+        ),
+        (
+            {"norm_weight": torch.zeros(8).half()},
+            r"norm_weight: dtype torch\.float16, allowed",
+        ),
         ({"x": draw_streams(2, 9)}, r"x: shape \(2, 9\), allowed: \(2, 8\)"),
         ({"x": draw_streams(2, 8).float()}, r"x: dtype torch\.float32, allowed"),
-        ({"post_layer_mix": torch.zeros(2, M, 2)}, r"post_layer_mix: shape .*allowed: \(2, 4, 1\)"),
-        ({"post_layer_mix": torch.zeros(2, 3)}, r"post_layer_mix: shape .*allowed: \(2, 4\)"),
-        ({"comb_res_mix": torch.zeros(2, 16)}, r"comb_res_mix: shape .*allowed: \(2, 4, 4\)"),
+        (
+            {"post_layer_mix": torch.zeros(2, M, 2)},
+            r"post_layer_mix: shape .*allowed: \(2, 4, 1\)",
+        ),
+        (
+            {"post_layer_mix": torch.zeros(2, 3)},
+            r"post_layer_mix: shape .*allowed: \(2, 4\)",
+        ),
+        (
+            {"comb_res_mix": torch.zeros(2, 16)},
+            r"comb_res_mix: shape .*allowed: \(2, 4, 4\)",
+        ),
         ({"comb_res_mix": None}, "comb_res_mix: expected a tensor, got NoneType"),
     ],
 )

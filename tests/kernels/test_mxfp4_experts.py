@@ -2,13 +2,30 @@ import math
 
 import pytest
 import torch
-from capture_safety import operations_of
+from capture import record
 from tolerance import assert_close_to_reference, assert_unbiased
 
 from vllm_sm12x.ops.mxfp4_experts import dequantize_mxfp4, mxfp4_experts, reference
 
 # Of the sixteen nibbles (OCP Microscaling formats, table of E2M1).
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+E2M1 = [
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+]
 
 
 def pack(codes):
@@ -22,7 +39,9 @@ def decode(packed, scale):
     shape = (*packed.shape[:-1], packed.size(-1) * 2)
     values = []
     for row, row_scale in zip(
-        packed.flatten(0, -2).tolist(), scale.view(torch.uint8).flatten(0, -2).tolist(), strict=True
+        packed.flatten(0, -2).tolist(),
+        scale.view(torch.uint8).flatten(0, -2).tolist(),
+        strict=True,
     ):
         nibbles = [nibble for byte in row for nibble in (byte & 15, byte >> 4)]
         factors = [math.nan if b == 255 else math.ldexp(1.0, b - 127) for b in row_scale]
@@ -52,7 +71,17 @@ def nan_like(x):
 
 
 def definition(
-    x, w13, w13_scale, w2, w2_scale, weights, ids, *, limit=None, on_input=False, expert_map=None
+    x,
+    w13,
+    w13_scale,
+    w2,
+    w2_scale,
+    weights,
+    ids,
+    *,
+    limit=None,
+    on_input=False,
+    expert_map=None,
 ):
     """Token by token and expert by expert in float64, with no rounding in between.
 
@@ -70,7 +99,10 @@ def definition(
             if expert < 0:
                 continue
             row = x[t].double()
-            gate, up = w13[expert, :intermediate] @ row, w13[expert, intermediate:] @ row
+            gate, up = (
+                w13[expert, :intermediate] @ row,
+                w13[expert, intermediate:] @ row,
+            )
             if on_input:
                 gate, up = gate * weight, up * weight
             # Float32 sums of gate and up may be off by as much, unless the limit hides it.
@@ -148,7 +180,10 @@ def test_dequantize_takes_nan_scales_and_strides():
     packed = torch.randint(0, 256, (48, 3, 2), generator=g, dtype=torch.uint8).permute(1, 2, 0)
     scale = torch.randint(0, 254, (3, 3, 2), generator=g, dtype=torch.uint8).permute(1, 2, 0)
     scale[1, 0, 2] = 255
-    values, expected = dequantize_mxfp4(packed, scale, torch.float32), decode(packed, scale)
+    values, expected = (
+        dequantize_mxfp4(packed, scale, torch.float32),
+        decode(packed, scale),
+    )
     assert values[1, 0, 64:].isnan().all()
     assert torch.equal(values.isnan(), expected.isnan())
     assert torch.equal(values.double().nan_to_num(), expected.nan_to_num())
@@ -187,12 +222,16 @@ def test_router_weight_on_input():
 
 def test_equals_transformers_experts():
     theirs = pytest.importorskip(
-        "transformers.models.deepseek_v4.modeling_deepseek_v4", reason="transformers is too old"
+        "transformers.models.deepseek_v4.modeling_deepseek_v4",
+        reason="transformers is too old",
     )
     arguments = draw(11, experts=4, hidden=64, intermediate=32, top_k=2, spread=4.0)
     x, w13, w13_scale, w2, w2_scale, weights, ids, out = arguments
     config = theirs.DeepseekV4Config(
-        hidden_size=64, moe_intermediate_size=32, intermediate_size=32, n_routed_experts=4
+        hidden_size=64,
+        moe_intermediate_size=32,
+        intermediate_size=32,
+        n_routed_experts=4,
     )
     config.num_local_experts, config.swiglu_limit = 4, 10.0
     config._experts_implementation = "eager"
@@ -332,6 +371,10 @@ def test_ids_that_name_no_expert_add_nothing():
     mxfp4_experts(*arguments[:6], other, expected, expert_map=mapped)
     assert torch.equal(out, expected)
     assert (out[2] == 0).all() and out.isfinite().all()
+    # Nor do those that the map does not reach.
+    mapped_out = nan_like(expected)
+    mxfp4_experts(*arguments[:7], mapped_out, expert_map=mapped[:3])
+    assert torch.equal(mapped_out, expected)
 
 
 def test_nan_of_others_does_not_leak():
@@ -410,6 +453,16 @@ def test_chunks_give_the_same(attribute, monkeypatch):
     check(draw(40), limit=1.0)
 
 
+def test_scratch_is_what_the_plan_says(monkeypatch):
+    arguments = draw(40, hidden=256, intermediate=256)
+    monkeypatch.setattr(reference, "TILE_BUDGET_BYTES", 3 * 2**20)
+    cut = reference.plan(40, 3, 5, 256, 256, 4)
+    assert 1 < cut.tile_batch < cut.tiles
+    held = record(mxfp4_experts, *arguments, swiglu_limit=1.0).peak_bytes
+    # Which pair goes where, and the table of bytes, come on top: they are small.
+    assert 0.5 * cut.scratch_bytes < held <= cut.scratch_bytes + 2**16
+
+
 def test_uneven_chunks(monkeypatch):
     monkeypatch.setattr(reference, "RESULT_BUDGET_BYTES", 15 * 3 * 64 * 4)
     # Three chunks of at most 15 tokens: 14, 14 and 12.
@@ -445,9 +498,7 @@ def test_the_same_work_whatever_the_values():
         arguments = draw(9, seed=seed)
         change(arguments)
         expert_map = torch.arange(5, dtype=torch.int32)
-        return operations_of(
-            lambda: mxfp4_experts(*arguments, swiglu_limit=1.0, expert_map=expert_map)
-        )
+        return record(mxfp4_experts, *arguments, swiglu_limit=1.0, expert_map=expert_map).calls
 
     usual = trace(0, lambda arguments: None)
     assert usual == trace(1, lambda arguments: arguments[6].fill_(2))
@@ -458,22 +509,54 @@ def test_the_same_work_whatever_the_values():
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
-        (0, lambda x: x.float(), r"hidden_states: dtype torch\.float32, allowed: torch\.bfloat16"),
+        (
+            0,
+            lambda x: x.float(),
+            r"hidden_states: dtype torch\.float32, allowed: torch\.bfloat16",
+        ),
         (0, lambda x: x[0], r"hidden_states: shape \(64,\), allowed: \(T, H\)"),
-        (0, lambda x: x.t().contiguous().t(), r"hidden_states: stride\(-1\) is 4, allowed: 1"),
+        (
+            0,
+            lambda x: x.t().contiguous().t(),
+            r"hidden_states: stride\(-1\) is 4, allowed: 1",
+        ),
         (0, lambda x: x.to("meta"), "w13: device cpu, allowed: meta"),
-        (1, lambda w: w.view(torch.int8), r"w13: dtype torch\.int8, allowed: torch\.uint8"),
-        (1, lambda w: w[:, :-2], r"w13: shape \(5, 190, 32\), allowed: \(E=5, 192, 32\)"),
+        (
+            1,
+            lambda w: w.view(torch.int8),
+            r"w13: dtype torch\.int8, allowed: torch\.uint8",
+        ),
+        (
+            1,
+            lambda w: w[:, :-2],
+            r"w13: shape \(5, 190, 32\), allowed: \(E=5, 192, 32\)",
+        ),
         (1, lambda w: w[:4], r"w13: shape \(4, 192, 32\), allowed: \(E=5, 192, 32\)"),
         (2, lambda s: s.float(), r"w13_scale: dtype torch\.float32, allowed"),
-        (2, lambda s: s.mT, r"w13_scale: shape \(5, 2, 192\), allowed: \(E=5, 192, 2\)"),
-        (3, lambda w: w[:, :32], r"w2: shape \(5, 32, 48\), allowed: \(E=5, H=64, any\)"),
+        (
+            2,
+            lambda s: s.mT,
+            r"w13_scale: shape \(5, 2, 192\), allowed: \(E=5, 192, 2\)",
+        ),
+        (
+            3,
+            lambda w: w[:, :32],
+            r"w2: shape \(5, 32, 48\), allowed: \(E=5, H=64, any\)",
+        ),
         (3, lambda w: w[..., :40], "w2: I is 80, allowed: positive multiples of 32"),
         (3, lambda w: w[:0], "w2: E is 0"),
-        (4, lambda s: s[..., :2], r"w2_scale: shape \(5, 64, 2\), allowed: \(E=5, H=64, 3\)"),
+        (
+            4,
+            lambda s: s[..., :2],
+            r"w2_scale: shape \(5, 64, 2\), allowed: \(E=5, H=64, 3\)",
+        ),
         (5, lambda w: w.bfloat16(), r"topk_weights: dtype torch\.bfloat16, allowed"),
         (5, lambda w: w[:, :2], r"topk_weights: shape \(4, 2\), allowed: \(T=4, K=3\)"),
-        (6, lambda i: i.short(), r"topk_ids: dtype torch\.int16, allowed: torch\.int32"),
+        (
+            6,
+            lambda i: i.short(),
+            r"topk_ids: dtype torch\.int16, allowed: torch\.int32",
+        ),
         (6, lambda i: i[:3], r"topk_ids: shape \(3, 3\), allowed: \(T=4, K=3\)"),
         (7, lambda o: o[:3], r"out: shape \(3, 64\), allowed: \(T=4, H=64\)"),
         (7, lambda o: o.half(), r"out: dtype torch\.float16, allowed: torch\.bfloat16"),
@@ -490,10 +573,16 @@ def test_bad_argument_is_named(index, change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"swiglu_limit": 0.0}, "swiglu_limit: 0.0, allowed: a positive number or None"),
+        (
+            {"swiglu_limit": 0.0},
+            "swiglu_limit: 0.0, allowed: a positive number or None",
+        ),
         ({"swiglu_limit": math.nan}, "swiglu_limit: nan, allowed"),
         ({"expert_map": torch.zeros(5)}, r"expert_map: dtype torch\.float32, allowed"),
-        ({"expert_map": torch.zeros(5, 1).int()}, r"expert_map: shape \(5, 1\), allowed: \(any\)"),
+        (
+            {"expert_map": torch.zeros(5, 1).int()},
+            r"expert_map: shape \(5, 1\), allowed: \(any\)",
+        ),
         ({"expert_map": torch.zeros(0).int()}, r"expert_map: shape \(0,\), allowed"),
     ],
 )
@@ -506,12 +595,24 @@ def test_bad_option_is_named(options, message):
     ("packed", "scale", "dtype", "message"),
     [
         ((2, 16), (2, 2), torch.bfloat16, r"scale: shape \(2, 2\), allowed: \(2, 1\)"),
-        ((2, 24), (2, 1), torch.bfloat16, r"packed: shape \(2, 24\), allowed: .* a multiple of 16"),
-        ((2, 16), (2, 1), torch.float16, "dtype: torch.float16, allowed: torch.bfloat16"),
+        (
+            (2, 24),
+            (2, 1),
+            torch.bfloat16,
+            r"packed: shape \(2, 24\), allowed: .* a multiple of 16",
+        ),
+        (
+            (2, 16),
+            (2, 1),
+            torch.float16,
+            "dtype: torch.float16, allowed: torch.bfloat16",
+        ),
     ],
 )
 def test_bad_packed_weight_is_named(packed, scale, dtype, message):
     with pytest.raises(ValueError, match=message):
         dequantize_mxfp4(
-            torch.zeros(packed, dtype=torch.uint8), torch.zeros(scale, dtype=torch.uint8), dtype
+            torch.zeros(packed, dtype=torch.uint8),
+            torch.zeros(scale, dtype=torch.uint8),
+            dtype,
         )

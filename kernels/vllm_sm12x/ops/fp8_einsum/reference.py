@@ -63,3 +63,6 @@ def fp8_einsum_bhr_hdr(
             ts = slice(t, t + token_chunk)
             rows = scale_blocks_(a[gs, ts].to(torch.float32), a_scale[gs, ts], (BLOCK,))
             out[gs, ts] = torch.bmm(rows, weight.transpose(1, 2))
+            # Before the next chunk's copies are made, so that one of each is alive.
+            del rows
+        del weight
