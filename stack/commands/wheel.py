@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from stack.pin import ROOT
+
 
 def add_parser(subparsers: argparse._SubParsersAction, name: str) -> None:
     """Add the command to the tool's parser."""
@@ -25,8 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction, name: str) -> None:
         "--out",
         metavar="FOLDER",
         type=Path,
-        default=Path("dist"),
-        help="where the wheels go (default: dist)",
+        default=ROOT / "dist",
+        help="where the wheels go (default: dist/ of this checkout)",
     )
     p.add_argument(
         "--source",
