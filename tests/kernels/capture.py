@@ -1,4 +1,4 @@
-"""Watches an operation as a CUDA-graph capture would, on the CPU.
+"""Watches an operation as a CUDA-graph capture would, on the CPU; on a GPU, captures it.
 
 Under capture nothing may depend on data: no value may travel to the host, no shape may follow from
 values, and the launches must be the same whatever the tensors hold.
@@ -24,7 +24,9 @@ FORBIDDEN = {
     "aten::masked_select",
     "aten::_unique2",
     "aten::unique_dim",
+    "aten::unique_consecutive",
     "aten::bincount",
+    "aten::histc",
     "aten::repeat_interleave",
     "aten::lift_fresh",
 }
@@ -71,3 +73,47 @@ def record(call: Callable[..., object], *inputs: object, **keywords: object) -> 
     with Recorder([*inputs, *keywords.values()]) as recorder:
         call(*inputs, **keywords)
     return recorder
+
+
+def replay_on_gpu(
+    call: Callable[..., object], first: dict[str, Any], second: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Capture ``call(**first)`` in a CUDA graph, put the values of ``second`` in place, replay.
+
+    Args:
+        first: Keywords of the call; tensors are on the CPU, of any strides.
+        second: The same with other values; shapes, strides and storage sizes are equal.
+
+    Returns:
+        What the call returned and the keywords after the replay, tensors on the CPU.
+    """
+    static = {name: copy_of(value, "cuda") for name, value in first.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(**static)  # libraries initialise themselves outside the capture
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call(**static)
+    for name, value in second.items():
+        if isinstance(value, torch.Tensor):
+            storage_bytes(static[name]).copy_(storage_bytes(value))
+    graph.replay()
+    torch.cuda.synchronize()
+    after = {name: copy_of(value, "cpu") for name, value in static.items()}
+    return copy_of(result, "cpu"), after
+
+
+def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's whole storage."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def copy_of(value: Any, device: str) -> Any:
+    """A copy on ``device`` with the same strides, gaps included."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    storage = storage_bytes(value).to(device, copy=True).untyped_storage()
+    copy = torch.empty(0, dtype=value.dtype, device=device)
+    return copy.set_(storage, value.storage_offset(), value.size(), value.stride())

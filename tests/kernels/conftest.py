@@ -1,10 +1,12 @@
-"""Paths for the kernel tests: ``tolerance`` and its like import by name from any test here."""
+"""Kernel tests: ``tolerance`` and its like import by name; GPU tests are skipped without a GPU."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).resolve().parent
 
@@ -14,3 +16,11 @@ if str(HERE) not in sys.path:
 # An installed wheel is tested as installed; a bare checkout is tested in place.
 if importlib.util.find_spec("vllm_sm12x") is None:
     sys.path.insert(0, str(HERE.parents[1] / "kernels"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")

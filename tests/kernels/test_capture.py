@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from capture import record
+from capture import copy_of, record, storage_bytes
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,28 @@ def test_memory_is_counted_while_it_is_held():
         x.add_(1)
 
     assert record(call, torch.zeros(1000)).peak_bytes == 8000
+
+
+def test_a_result_that_outlives_its_turn_is_counted():
+    def call(x: torch.Tensor) -> None:
+        for _ in range(3):
+            doubled = x * 2  # the last one lives until the new one is there
+        del doubled
+
+    assert record(call, torch.zeros(1000)).peak_bytes == 8000
+
+
+def test_views_and_inputs_are_not_counted():
+    recorder = record(lambda x, y: x.view(10, 100).t().add_(y.view(100, 10)), *torch.ones(2, 1000))
+    assert recorder.peak_bytes == 0
+
+
+def test_a_copy_keeps_strides_gaps_and_bytes():
+    pages = torch.arange(100, dtype=torch.uint8).as_strided((3, 4, 5), (32, 5, 1), 8)
+    copy = copy_of(pages, "cpu")
+    assert torch.equal(copy, pages)
+    assert copy.stride() == pages.stride() and copy.storage_offset() == 8
+    assert torch.equal(storage_bytes(copy), torch.arange(100, dtype=torch.uint8))
+    assert copy.data_ptr() != pages.data_ptr()
+    assert copy_of(torch.ones(3, dtype=torch.bfloat16), "cpu").dtype == torch.bfloat16
+    assert copy_of(0.5, "cpu") == 0.5

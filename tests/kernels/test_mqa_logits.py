@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from capture import record
+from capture import record, replay_on_gpu
 from pages import E4M3, random_e4m3_bytes
 from tolerance import assert_close_to_reference, assert_unbiased
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,22 +66,27 @@ def inside(ks, ke, n):
     return (column >= ks.unsqueeze(1)) & (column < ke.unsqueeze(1))
 
 
-def check(given):
+def assert_defined(actual, given):
+    """``actual`` is what the definition says, ``-inf`` outside the ranges."""
     heads, n = given["q"].shape[1], len(given["k"])
     names = ("q", "k", "k_scale", "weights")
     expected, magnitude = define(*(given[name] for name in names))
     mask = inside(given["ks"], given["ke"], n)
-    clean = mqa_logits.fp8_mqa_logits(**given, clean_logits=True)
-    assert clean.shape == mask.shape and clean.is_contiguous()
+    assert actual.is_contiguous()
     assert_close_to_reference(
-        clean,
+        actual,
         expected.masked_fill(~mask, -math.inf),
         dtype=torch.float32,
         reduction_length=128 + heads + 2,
         scale=magnitude.masked_fill(~mask, 0),
     )
-    plain = mqa_logits.fp8_mqa_logits(**given)
-    assert torch.equal(plain[mask], clean[mask])
+
+
+def check(given):
+    clean = mqa_logits.fp8_mqa_logits(**given, clean_logits=True)
+    assert_defined(clean, given)
+    mask = inside(given["ks"], given["ke"], len(given["k"]))
+    assert torch.equal(mqa_logits.fp8_mqa_logits(**given)[mask], clean[mask])
 
 
 @pytest.mark.parametrize(
@@ -211,6 +216,17 @@ def test_capture_safe_and_within_the_stated_scratch(monkeypatch, budget, clean):
     used = first.peak_bytes - 4 * 9 * 200
     assert used <= stated
     assert used > stated / 2, "the stated scratch is far too much"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [300_000, 256 << 20])
+def test_a_captured_graph_follows_its_inputs(monkeypatch, budget):
+    monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
+    given = arguments(9, 16, 200, seed=2)
+    clean = dict(clean_logits=True)
+    first = arguments(9, 16, 200, seed=1)
+    actual, _ = replay_on_gpu(mqa_logits.fp8_mqa_logits, first | clean, given | clean)
+    assert_defined(actual, given)
 
 
 @pytest.mark.parametrize("heads", [32, 64])

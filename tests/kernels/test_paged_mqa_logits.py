@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from capture import record
+from capture import record, replay_on_gpu
 from pages import E4M3, IndexerPages, random_e4m3_bytes
 from tolerance import assert_close_to_reference, assert_unbiased
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,20 +79,24 @@ class Case:
                     magnitude[row, i] = size * scale
         return logits, magnitude
 
-    def check(self):
-        given = self.arguments()
+    def assert_defined(self, actual):
+        """``actual`` is what the definition says, ``-inf`` from the lengths on."""
         expected, magnitude = self.define()
-        clean = paged_mqa_logits.fp8_paged_mqa_logits(**given, clean_logits=True)
-        assert clean.is_contiguous()
+        assert actual.is_contiguous()
         assert_close_to_reference(
-            clean,
+            actual,
             expected,
             dtype=torch.float32,
             reduction_length=128 + self.q.shape[2] + 2,
             scale=magnitude,
         )
+
+    def check(self):
+        given = self.arguments()
+        clean = paged_mqa_logits.fp8_paged_mqa_logits(**given, clean_logits=True)
+        self.assert_defined(clean)
         plain = paged_mqa_logits.fp8_paged_mqa_logits(**given)
-        seen = expected.isfinite()
+        seen = clean > -math.inf
         assert torch.equal(plain[seen], clean[seen])
 
 
@@ -245,20 +249,30 @@ def test_results_are_not_biased():
     assert_unbiased(logits, case.define()[0], slack=0.02)
 
 
-@pytest.mark.parametrize("clean", [False, True])
-@pytest.mark.parametrize("budget", [1, 400_000, 256 << 20])
-@pytest.mark.parametrize(
-    "lens", [([[3], [100], [128]], [[0], [90], [-1]]), ([[3, 4], [99, 100]], [[0, 0], [0, 1]])]
-)
-def test_capture_safe_and_within_the_stated_scratch(monkeypatch, lens, budget, clean):
-    monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
-    operation = paged_mqa_logits.fp8_paged_mqa_logits
+LENS_IN_PAIRS = [
+    ([[0], [90], [-1]], [[3], [100], [128]]),
+    ([[0, 0], [0, 1]], [[3, 4], [99, 100]]),
+]
+
+
+def alike(lens: tuple) -> list[Case]:
+    """Cases of these lengths whose caches are of one size."""
     cases = [Case(values, heads=16, seed=seed) for seed, values in enumerate(lens)]
     blocks = max(len(case.pages.cache) for case in cases)
     for case in cases:
         pages = IndexerPages(blocks)
         pages.bytes[: len(case.pages.bytes)] = case.pages.bytes
         case.pages = pages
+    return cases
+
+
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("budget", [1, 400_000, 256 << 20])
+@pytest.mark.parametrize("lens", LENS_IN_PAIRS)
+def test_capture_safe_and_within_the_stated_scratch(monkeypatch, lens, budget, clean):
+    monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
+    operation = paged_mqa_logits.fp8_paged_mqa_logits
+    cases = alike(lens)
     first, second = (record(operation, **case.arguments(), clean_logits=clean) for case in cases)
     assert first.calls == second.calls, "the launches depend on what the tensors hold"
     requests, next_n = cases[0].lens.shape
@@ -266,6 +280,21 @@ def test_capture_safe_and_within_the_stated_scratch(monkeypatch, lens, budget, c
     used = first.peak_bytes - 4 * requests * next_n * 200
     assert used <= stated
     assert used > stated / 2, "the stated scratch is far too much"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [400_000, 256 << 20])
+@pytest.mark.parametrize("lens", LENS_IN_PAIRS)
+def test_a_captured_graph_follows_its_inputs(monkeypatch, lens, budget):
+    """Captured with (almost) nothing cached, as vLLM captures; replayed with more."""
+    monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
+    first, second = alike(lens)
+    actual, _ = replay_on_gpu(
+        paged_mqa_logits.fp8_paged_mqa_logits,
+        first.arguments() | dict(clean_logits=True),
+        second.arguments() | dict(clean_logits=True),
+    )
+    second.assert_defined(actual)
 
 
 @pytest.mark.parametrize("max_model_len", [1, 32768, 262144])

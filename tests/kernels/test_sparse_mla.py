@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from capture import record
+from capture import record, replay_on_gpu
 from pages import LatentPages
 from tolerance import assert_close_to_reference, assert_unbiased
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,7 +15,8 @@ from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla import reference
 
 SCALE = 512**-0.5
-GARBAGE = (2**31 - 1, -(2**31), -1, 123_456_789)
+# Beyond a length anything may stand: also a slot of page 0, which holds NaN alone.
+GARBAGE = (2**31 - 1, -(2**31), 0, -1, 123_456_789)
 
 
 def rng(seed: int) -> torch.Generator:
@@ -395,9 +396,17 @@ def test_prefill_and_decode_agree():
     assert torch.equal(out, case.out)
 
 
-def decode_arguments(seed: int, tokens: int = 6) -> dict:
+def decode_case(seed: int, tokens: int = 6) -> Decode:
     lens = torch.randint(0, 64, (tokens,), generator=rng(seed)).tolist()
-    case = Decode(lens, 64, extra_lens=lens[::-1], extra_width=100, seed=seed)
+    return Decode(lens, 64, extra_lens=lens[::-1], extra_width=100, seed=seed)
+
+
+def prefill_case(seed: int, tokens: int = 6) -> Prefill:
+    lens = torch.randint(0, 64, (tokens,), generator=rng(seed)).tolist()
+    return Prefill(lens, 64, seed=seed)
+
+
+def decode_arguments(case: Decode) -> dict:
     (pages, indices, lens_), (extra, extra_indices, extra_lens) = case.sets
     return dict(
         q=case.q,
@@ -414,8 +423,7 @@ def decode_arguments(seed: int, tokens: int = 6) -> dict:
     )
 
 
-def prefill_arguments(seed: int, tokens: int = 6) -> dict:
-    case = Prefill(torch.randint(0, 64, (tokens,), generator=rng(seed)).tolist(), 64, seed=seed)
+def prefill_arguments(case: Prefill) -> dict:
     return dict(
         q=case.q,
         kv=case.kv,
@@ -430,22 +438,50 @@ def prefill_arguments(seed: int, tokens: int = 6) -> dict:
 
 @pytest.mark.parametrize("budget", [1, 4 << 20, 256 << 20])
 @pytest.mark.parametrize(
-    ("operation", "arguments", "scratch", "keys"),
+    ("operation", "case", "arguments", "scratch", "keys"),
     [
-        (sparse_mla.sparse_mla_decode, decode_arguments, sparse_mla.decode_scratch_bytes, 164),
-        (sparse_mla.sparse_mla_prefill, prefill_arguments, sparse_mla.prefill_scratch_bytes, 64),
+        (
+            sparse_mla.sparse_mla_decode,
+            decode_case,
+            decode_arguments,
+            sparse_mla.decode_scratch_bytes,
+            164,
+        ),
+        (
+            sparse_mla.sparse_mla_prefill,
+            prefill_case,
+            prefill_arguments,
+            sparse_mla.prefill_scratch_bytes,
+            64,
+        ),
     ],
 )
 def test_capture_safe_and_within_the_stated_scratch(
-    monkeypatch, operation, arguments, scratch, keys, budget
+    monkeypatch, operation, case, arguments, scratch, keys, budget
 ):
     monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
-    first = record(operation, **arguments(1))
-    second = record(operation, **arguments(2))
+    first = record(operation, **arguments(case(1)))
+    second = record(operation, **arguments(case(2)))
     assert first.calls == second.calls, "the launches depend on what the tensors hold"
     stated = scratch(6, 8, keys)
     assert first.peak_bytes <= stated
     assert first.peak_bytes > stated / 2, "the stated scratch is far too much"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [4 << 20, 256 << 20])
+@pytest.mark.parametrize(
+    ("operation", "make", "arguments"),
+    [
+        (sparse_mla.sparse_mla_decode, decode_case, decode_arguments),
+        (sparse_mla.sparse_mla_prefill, prefill_case, prefill_arguments),
+    ],
+)
+def test_a_captured_graph_follows_its_inputs(monkeypatch, operation, make, arguments, budget):
+    monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
+    case = make(2, tokens=40)
+    _, after = replay_on_gpu(operation, arguments(make(1, tokens=40)), arguments(case))
+    check(after["out"], after["lse"], case.q, case.keys(), case.sink, SCALE)
 
 
 @pytest.mark.parametrize("heads", [8, 64])
@@ -507,7 +543,7 @@ def test_runs_on_a_fake_gpu():
     ],
 )
 def test_bad_decode_arguments_are_named(change, message):
-    arguments = decode_arguments(0)
+    arguments = decode_arguments(decode_case(0))
     with pytest.raises(ValueError, match=message):
         sparse_mla.sparse_mla_decode(**{**arguments, **change})
     assert arguments["out"].isnan().all(), "nothing is written before the checks"
@@ -525,4 +561,4 @@ def test_bad_decode_arguments_are_named(change, message):
 )
 def test_bad_prefill_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        sparse_mla.sparse_mla_prefill(**{**prefill_arguments(0), **change})
+        sparse_mla.sparse_mla_prefill(**{**prefill_arguments(prefill_case(0)), **change})
