@@ -1,0 +1,22 @@
+"""Ring 1: the patched engine, started for real, on the portable path."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mtp", [0, 2])
+def test_the_portable_path_answers_requests(mtp, tmp_path):
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(HERE / "run_engine.py"), "--mtp", str(mtp), "--out", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    checks = json.loads(report.read_text())["checks"]
+    assert len(checks) == 21
+    assert all(row["holds"] for row in checks)
