@@ -19,7 +19,14 @@ from stack.series import FOLDERS, files_in, load_series, read_order, series_file
 # changed over time): a patch is the same bytes whoever exports it.
 FORMAT = (
     *("format-patch", "-1", "--stdout", "--zero-commit", "--full-index", "--no-signature"),
-    *("--no-stat", "-p", "--no-numbered", "--subject-prefix=PATCH", "--no-encode-email-headers"),
+    *(
+        "--no-stat",
+        "-p",
+        "--always",
+        "--no-numbered",
+        "--subject-prefix=PATCH",
+        "--no-encode-email-headers",
+    ),
     *("--no-attach", "--no-thread", "--no-cover-letter", "--no-add-header", "--no-to", "--no-cc"),
     *("--no-from", "--no-notes", "--no-base", "--no-renames", "--no-ext-diff", "--no-textconv"),
     *("--diff-algorithm=histogram", "--indent-heuristic", "-U3", "--inter-hunk-context=0"),
@@ -87,18 +94,22 @@ def export_series(
     state = worktree.read_state(work_tree)
     _reject_state(work_tree, state, checkout)
     known = _known(checkout)
-    held_back = [known[name] for name in state.held_back if name in known]
     commits = git("rev-list", "--reverse", f"{state.base}..HEAD", cwd=work_tree).lines
     patches = _place([render(work_tree, commit) for commit in commits], known, extra, core)
-    _reject_patches(work_tree, commits, patches, held_back, checkout)
+    # A commit that has the name of a held-back patch takes its place.
+    stems = {Path(patch.name).stem for patch in patches}
+    held_back = [
+        known[name] for name in state.held_back if name in known and Path(name).stem not in stems
+    ]
+    _reject_patches(work_tree, commits, patches, checkout)
 
     tree = source.tree_of(work_tree, "HEAD")
     patched_tree, notes = _verify(patches, held_back, tree, state, checkout, echo)
     series = [*patches, *held_back]
     written, removed = _write(checkout, series, patched_tree)
+    waiting = tuple(patch.name for patch in held_back)
     worktree.write_state(
-        work_tree,
-        worktree.State(state.release, state.base, worktree.head(work_tree), state.held_back),
+        work_tree, worktree.State(state.release, state.base, worktree.head(work_tree), waiting)
     )
     names = tuple(patch.name for patch in series)
     return ExportedSeries(names, tuple(written), tuple(removed), patched_tree, tuple(notes))
@@ -217,12 +228,10 @@ def _reject_patches(
     work_tree: Path,
     commits: Sequence[str],
     patches: Sequence[Patch],
-    held_back: Sequence[Patch],
     checkout: Checkout,
 ) -> None:
     problems: list[str] = []
     seen: dict[str, str] = {}
-    held = {Path(patch.name).stem for patch in held_back}
     listed = shared.load(checkout.shared_files)
     for commit, patch in zip(commits, patches, strict=True):
         who = f"{commit[:12]} ({patch.subject})"
@@ -230,8 +239,8 @@ def _reject_patches(
         if not _diff(patch):
             problems.append(f"{who}: changes no file")
             continue
-        if stem in seen or stem in held:
-            problems.append(f"{who}: its file name {stem}.patch is taken by {seen.get(stem, stem)}")
+        if stem in seen:
+            problems.append(f"{who}: its file name {stem}.patch is taken by {seen[stem]}")
         seen[stem] = who
         problems += [f"{who}: {line}" for line in laws.header(patch)]
         problems += [f"{who}: {line}" for line in laws.shared_only(patch, listed)]

@@ -220,15 +220,25 @@ def touched_problems(folder: Path, checkout: Checkout, series: Sequence[Patch]) 
 
 @contextmanager
 def scratch(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder below ``parent`` that is removed at the end, and with it what killed runs left."""
-    parent.mkdir(parents=True, exist_ok=True)
-    for old in parent.glob(f"{prefix}*"):
-        if time.time() - old.stat().st_mtime > STALE:
-            shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(
-        prefix=prefix, dir=parent, ignore_cleanup_errors=True
-    ) as folder:
-        yield Path(folder)
+    """A folder below ``parent`` that is removed at the end, and with it what killed runs left.
+
+    Raises:
+        StackError: For any ``OSError`` of the body too: the disk is full, a folder is read-only.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for old in parent.glob(f"{prefix}*"):
+            if time.time() - old.stat().st_mtime > STALE:
+                shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            prefix=prefix, dir=parent, ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise StackError(
+            f"{error.filename or parent}: {error.strerror or error}",
+            "nothing was changed; see to the space and the permissions there, and run again",
+        ) from None
 
 
 def _prefix(series: list[Patch], upto: str | None) -> list[Patch]:
@@ -312,6 +322,6 @@ def _failure(
     return StackError(
         f"patches/{patch.name} does not apply: {places}",
         f"run `python -m stack import --upto {previous}{to}`, then in {tree} "
-        f"`git am -3 --keep-cr --keep-non-patch {shown}`, mend, `git am --continue`, "
-        "and `python -m stack export`",
+        f"`git am --reject --keep-cr --keep-non-patch {shown}`; do by hand what its .rej files "
+        "say, delete them, `git add` and `git am --continue`; then `python -m stack export`",
     )

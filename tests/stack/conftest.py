@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from stack import sdist, shared
+from stack import pinfile, sdist, shared, source
 from stack.checkout import Checkout
+from stack.exporting import export_series
 from stack.importing import import_series
 
 VERSION = "1.0.0"
@@ -39,7 +40,7 @@ SHARED = {
         "100644",
         b"import math\n\n\ndef add(a, b):\n    return a + b\n\n\n"
         + b"".join(b"FILL_%02d = %d\n" % (number, number) for number in range(30))
-        + b"\n\ndef sub(a, b):\n    return a - b\n",
+        + b"def sub(a, b):\n    return a - b\n",
     ),
     "vllm/crlf.py": ("100644", b"A = 1\r\nB = 2\r\nC = 3\r\n"),
     "vllm/data.bin": ("100644", bytes(range(256)) * 3),
@@ -130,6 +131,11 @@ class Project:
         """The work tree of ``import``."""
         return self.root / ".build" / "vllm"
 
+    @staticmethod
+    def message(subject: str, why: str | None = WHY, **changed: str | None) -> str:
+        """As the function of that name."""
+        return message(subject, why, **changed)
+
     def git(self, *args: str, **env: str) -> str:
         """Run the user's git in the work tree."""
         return plain_git(*args, cwd=self.tree, **env)
@@ -177,26 +183,27 @@ class Project:
         )
 
 
-@pytest.fixture
-def user(tmp_path, monkeypatch):
-    """A user with a home, a git configuration and an empty download cache of their own."""
+def _set_user(home: Path, cache: Path, patch: pytest.MonkeyPatch) -> Path:
     for name in list(os.environ):
         if name.startswith("GIT_"):
-            monkeypatch.delenv(name)
-    home = tmp_path / "home"
+            patch.delenv(name)
     home.mkdir()
     config = home / ".gitconfig"
     config.write_text("[user]\n\tname = A User\n\temail = user@example.org\n", encoding="utf-8")
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    monkeypatch.setenv("SM12X_CACHE", str(tmp_path / "cache"))
+    patch.setenv("HOME", str(home))
+    patch.delenv("XDG_CONFIG_HOME", raising=False)
+    patch.setenv("SM12X_CACHE", str(cache))
     return config
 
 
 @pytest.fixture
-def upstream(tmp_path, user) -> Upstream:
-    """The small upstream."""
-    repository = tmp_path / "upstream"
+def user(tmp_path, monkeypatch):
+    """A user with a home, a git configuration and an empty download cache of their own."""
+    return _set_user(tmp_path / "home", tmp_path / "cache", monkeypatch)
+
+
+def _make_upstream(folder: Path) -> Upstream:
+    repository = folder / "upstream"
     repository.mkdir()
     plain_git("init", "-q", "-b", "main", cwd=repository)
     tracked = {name: data for name, (_, data) in SHARED.items()}
@@ -209,7 +216,7 @@ def upstream(tmp_path, user) -> Upstream:
     (repository / "linked").symlink_to("docs")
     plain_git("add", "-A", "-f", cwd=repository)
     plain_git("commit", "-q", "-m", "Release 1.0.0", cwd=repository)
-    archive = tmp_path / "cache" / f"vllm-{VERSION}.tar.gz"
+    archive = folder / "cache" / f"vllm-{VERSION}.tar.gz"
     archive.parent.mkdir()
     files = {
         name: (0o775 if mode == "100755" else 0o664, data) for name, (mode, data) in SHARED.items()
@@ -219,10 +226,7 @@ def upstream(tmp_path, user) -> Upstream:
     return Upstream(repository, plain_git("rev-parse", "HEAD", cwd=repository), archive)
 
 
-@pytest.fixture
-def project(tmp_path, upstream) -> Project:
-    """A checkout with an empty series; the submodule is not checked out."""
-    root = tmp_path / "project"
+def _make_project(root: Path, upstream: Upstream) -> Project:
     for folder in ("patches/core", "patches/extra", "vllm"):
         (root / folder).mkdir(parents=True)
     (root / "patches" / "series").write_text("", encoding="utf-8")
@@ -240,32 +244,63 @@ def project(tmp_path, upstream) -> Project:
         f'{wheels}# A comment that must stay.\n[tree]\nbase = ""  # as released\npatched = ""\n',
         encoding="utf-8",
     )
-    checkout = Checkout(root)
-    shared.write(checkout.shared_files, shared.render(sdist.contents(upstream.archive), VERSION))
+    listed = Checkout(root).shared_files
+    shared.write(listed, shared.render(sdist.contents(upstream.archive), VERSION))
     return Project(root, upstream)
 
 
-@pytest.fixture
-def series(project) -> Project:
-    """The project with two exported patches, one of them extra, and the trees in the pin."""
-    from stack import pinfile, source
-    from stack.exporting import export_series
-
+def _add_series(project: Project) -> None:
+    """Two exported patches, the second one extra, and the trees in the pin."""
     made = import_series(checkout=project.checkout)
     base = source.tree_of(made.path, made.base)
     pinfile.set_values(project.root / "upstream.toml", {"tree.base": base})
+    add, sub = b"add(a, b):\n    return a + b", b"    return a - b"
     project.commit(
         message("Add three numbers"),
-        project.edited(
-            "vllm/add.py", b"add(a, b):\n    return a + b", b"add(a, b, c=0):\n    return a + b + c"
-        ),
+        project.edited("vllm/add.py", add, b"add(a, b, c=0):\n    return a + b + c"),
     )
     project.commit(
-        message("Subtract twice", Kind="tune"),
-        project.edited("vllm/add.py", b"    return a - b", b"    return a - b - b"),
+        message("Subtract twice", Kind="tune"), project.edited("vllm/add.py", sub, sub + b" - b")
     )
     export_series(checkout=project.checkout, extra=["Subtract-twice"])
-    return project
+
+
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory):
+    """The upstream, and the project without and with a series, made once and then copied."""
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        _set_user(folder / "home", folder / "cache", patch)
+        upstream = _make_upstream(folder)
+        bare = _make_project(folder / "bare", upstream)
+        shutil.copytree(bare.root, folder / "series")
+        _add_series(Project(folder / "series", upstream))
+        shutil.rmtree(folder / "cache" / "trees")
+    return folder, upstream
+
+
+@pytest.fixture
+def upstream(templates, tmp_path, user) -> Upstream:
+    """The small upstream, with its sdist in this test's cache."""
+    made = templates[1]
+    archive = tmp_path / "cache" / made.archive.name
+    archive.parent.mkdir()
+    shutil.copy2(made.archive, archive)
+    return Upstream(made.repository, made.commit, archive)
+
+
+@pytest.fixture
+def project(templates, tmp_path, upstream) -> Project:
+    """A checkout with an empty series; the submodule is not checked out."""
+    shutil.copytree(templates[0] / "bare", tmp_path / "project")
+    return Project(tmp_path / "project", upstream)
+
+
+@pytest.fixture
+def series(templates, tmp_path, upstream) -> Project:
+    """The checkout with two exported patches, one of them extra, and a work tree of them."""
+    shutil.copytree(templates[0] / "series", tmp_path / "project", symlinks=True)
+    return Project(tmp_path / "project", upstream)
 
 
 @pytest.fixture
