@@ -1,0 +1,1 @@
+"""Tests of this repository, one folder a part; README.md says which proves what."""
