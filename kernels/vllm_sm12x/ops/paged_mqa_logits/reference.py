@@ -43,7 +43,6 @@ def fp8_paged_mqa_logits(
             columns = slice(run.start * BLOCK_SIZE, min(run.stop * BLOCK_SIZE, max_model_len))
             page = _used_pages(block_tables[part, run], lens[part], run, kv_cache.shape[0])
             _score(queries, kv_cache, page, weights[rows], logits[rows, columns])
-        del queries  # else it outlives the next allocation
         if clean_logits:
             _clean(logits[rows], lens[part])
     return logits
