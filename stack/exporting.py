@@ -28,7 +28,15 @@ FORMAT = (
         "--no-encode-email-headers",
     ),
     *("--no-attach", "--no-thread", "--no-cover-letter", "--no-add-header", "--no-to", "--no-cc"),
-    *("--no-from", "--no-notes", "--no-base", "--no-renames", "--no-ext-diff", "--no-textconv"),
+    *(
+        "--no-from",
+        "--no-signoff",
+        "--no-notes",
+        "--no-base",
+        "--no-renames",
+        "--no-ext-diff",
+        "--no-textconv",
+    ),
     *("--diff-algorithm=histogram", "--indent-heuristic", "-U3", "--inter-hunk-context=0"),
     *("--src-prefix=a/", "--dst-prefix=b/", "--binary", "--no-color", "-O/dev/null"),
 )
