@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from capture import record
+from capture import record, replay_on_gpu
 from tolerance import assert_close_to_reference, assert_unbiased
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_sm12x.ops.fp8_einsum import fp8_einsum_bhr_hdr, reference
 
@@ -49,6 +50,10 @@ def draw(num_tokens, groups, k, n, seed=0):
 
 def check(a, a_scale, b, b_scale, out):
     fp8_einsum_bhr_hdr(a, a_scale, b, b_scale, out)
+    compare(a, a_scale, b, b_scale, out)
+
+
+def compare(a, a_scale, b, b_scale, out):
     expected, magnitude = definition(a, a_scale, b, b_scale)
     # One rounding a term, and one for each of the two scales.
     assert_close_to_reference(
@@ -61,7 +66,7 @@ def check(a, a_scale, b, b_scale, out):
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 17])
-@pytest.mark.parametrize(("groups", "k", "n"), [(1, 128, 128), (2, 384, 256), (8, 256, 128)])
+@pytest.mark.parametrize(("groups", "k", "n"), [(1, 128, 128), (2, 384, 256), (8, 256, 256)])
 def test_equals_definition(num_tokens, groups, k, n):
     check(*draw(num_tokens, groups, k, n, seed=num_tokens))
 
@@ -74,12 +79,12 @@ def test_hand_computed():
     a, a_scale, b, b_scale, out = draw(1, 2, 256, 256)
     a.view(torch.uint8).zero_()
     b.view(torch.uint8).zero_()
-    # Group 1, output 130 (second block of N), input 200 (second block of K).
-    a[0, 1, 200], b[256 + 130, 200] = 3.0, -1.5
+    # Group 1, output 130 (second block of N), input 72 (first block of K).
+    a[0, 1, 72], b[256 + 130, 72] = 3.0, -1.5
     a_scale.fill_(7.0)
-    a_scale[0, 1, 1] = 0.5
+    a_scale[0, 1, 0] = 0.5
     b_scale.fill_(140)
-    b_scale[2 + 1, 1] = 129
+    b_scale[2 + 1, 0] = 129
     fp8_einsum_bhr_hdr(a, a_scale, b, b_scale, out)
     expected = torch.zeros(1, 2, 256, dtype=torch.bfloat16)
     expected[0, 1, 130] = 3.0 * 0.5 * -1.5 * 4.0
@@ -213,3 +218,29 @@ def test_bad_argument_is_named(index, change, message):
     arguments[index] = change(arguments[index])
     with pytest.raises(ValueError, match=message):
         fp8_einsum_bhr_hdr(*arguments)
+
+
+NAMES = ("a", "a_scale", "b", "b_scale", "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 6, 130])
+def test_a_captured_graph_follows_its_inputs(num_tokens):
+    first, second = (
+        dict(zip(NAMES, draw(num_tokens, 4, 512, 256, seed=seed), strict=True)) for seed in (1, 2)
+    )
+    _, after = replay_on_gpu(fp8_einsum_bhr_hdr, first, second)
+    compare(**second | {"out": after["out"]})
+
+
+def test_runs_on_a_fake_gpu():
+    """Devices and shapes fit without values, at the engine's size."""
+    with FakeTensorMode():
+        gpu = {"device": "cuda"}
+        fp8_einsum_bhr_hdr(
+            torch.empty(4096, 8, 4096, dtype=E4M3, **gpu),
+            torch.empty(4096, 8, 32, **gpu),
+            torch.empty(8192, 4096, dtype=E4M3, **gpu),
+            torch.empty(64, 32, dtype=torch.float8_e8m0fnu, **gpu),
+            torch.empty(4096, 8, 1024, dtype=torch.bfloat16, **gpu),
+        )

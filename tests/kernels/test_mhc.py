@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
-from capture import record
+from capture import record, replay_on_gpu
 from tolerance import assert_close_to_reference
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_sm12x.ops import mhc
 from vllm_sm12x.ops.mhc import reference
@@ -490,3 +491,49 @@ def test_bad_head_and_gemm_arguments_are_named():
         mhc.hc_prenorm_gemm(x, fn, out, sqrsum, 3)
     with pytest.raises(ValueError, match=r"out: shape \(3, 2, 4\), allowed: \(2, T=2, N=4\)"):
         mhc.hc_prenorm_gemm(x, fn, out, sqrsum, 2)
+
+
+def fused_arguments(num_tokens, hidden, seed):
+    streams = draw_streams(num_tokens, M, hidden, seed=seed)
+    mixes = [draw_streams(num_tokens, M, n, seed=seed, dtype=torch.float32) for n in (1, M)]
+    fn, hc_scale, hc_base = draw_mapping(hidden, seed=seed)
+    return {
+        "x": draw_streams(num_tokens, hidden, seed=seed),
+        "residual": streams,
+        "post_layer_mix": mixes[0],
+        "comb_res_mix": mixes[1],
+        "fn": fn,
+        "hc_scale": hc_scale,
+        "hc_base": hc_base,
+        "rms_eps": EPS,
+        "hc_pre_eps": EPS,
+        "hc_sinkhorn_eps": EPS,
+        "hc_post_mult_value": 2.0,
+        "sinkhorn_repeat": ROUNDS,
+        "norm_weight": draw_streams(hidden, seed=seed),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 6, 130])
+def test_a_captured_graph_follows_its_inputs(num_tokens):
+    first, second = (fused_arguments(num_tokens, 4096, seed) for seed in (1, 2))
+    results, _ = replay_on_gpu(mhc.mhc_fused_post_pre, first, second)
+    for actual, expected in zip(results, mhc.mhc_fused_post_pre(**second), strict=True):
+        torch.testing.assert_close(actual.cpu(), expected)
+
+
+def test_runs_on_a_fake_gpu():
+    """Devices and shapes fit without values, at the engine's size."""
+    with FakeTensorMode():
+        arguments = {
+            name: value.cuda() if isinstance(value, torch.Tensor) else value
+            for name, value in fused_arguments(64, 4096, 0).items()
+        }
+        results = mhc.mhc_fused_post_pre(**arguments)
+        assert {result.device.type for result in results} == {"cuda"}
+        head = mhc.hc_head(
+            results[0], arguments["fn"][:M], arguments["hc_scale"][:1], arguments["hc_base"][:M],
+            EPS, EPS,
+        )  # fmt: skip
+        assert head.shape == (64, 4096)

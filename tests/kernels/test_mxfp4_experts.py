@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from capture import record
+from capture import record, replay_on_gpu
 from tolerance import assert_close_to_reference, assert_unbiased
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_sm12x.ops.mxfp4_experts import dequantize_mxfp4, mxfp4_experts, reference
 
@@ -132,10 +133,14 @@ def cut(value, limit, both=False):
 
 
 def check(arguments, **options):
-    x, out = arguments[0], arguments[7]
     renamed = {"limit": "swiglu_limit", "on_input": "apply_router_weight_on_input"}
     given = {renamed.get(name, name): value for name, value in options.items()}
     mxfp4_experts(*arguments, **given)
+    compare(arguments, **options)
+
+
+def compare(arguments, **options):
+    x, out = arguments[0], arguments[7]
     expected, magnitude = definition(*arguments[:7], **options)
     intermediate = arguments[3].size(2) * 2
     assert_close_to_reference(
@@ -616,3 +621,66 @@ def test_bad_packed_weight_is_named(packed, scale, dtype, message):
             torch.zeros(scale, dtype=torch.uint8),
             dtype,
         )
+
+
+NAMES = (
+    "hidden_states", "w13", "w13_scale", "w2", "w2_scale", "topk_weights", "topk_ids", "out"
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 6, 130])
+def test_a_captured_graph_follows_its_inputs(num_tokens):
+    first, second = (
+        dict(zip(NAMES, draw(num_tokens, hidden=128, seed=seed), strict=True)) for seed in (1, 2)
+    )
+    limit = {"swiglu_limit": 2.0}
+    _, after = replay_on_gpu(mxfp4_experts, first | limit, second | limit)
+    compare([*second.values()][:7] + [after["out"]], limit=2.0)
+
+
+def real_arguments(num_tokens):
+    """Of DeepSeek V4 Flash, on the GPU."""
+    experts, hidden, intermediate, top_k = 256, 4096, 2048, 6
+    gpu = {"device": "cuda"}
+    byte = {"dtype": torch.uint8, **gpu}
+    return [
+        torch.randn(num_tokens, hidden, **gpu).bfloat16(),
+        torch.randint(0, 256, (experts, 2 * intermediate, hidden // 2), **byte),
+        torch.randint(110, 120, (experts, 2 * intermediate, hidden // 32), **byte),
+        torch.randint(0, 256, (experts, hidden, intermediate // 2), **byte),
+        torch.randint(110, 120, (experts, hidden, intermediate // 32), **byte),
+        torch.rand(num_tokens, top_k, **gpu),
+        torch.randint(0, experts, (num_tokens, top_k), dtype=torch.int32, **gpu),
+        torch.full((num_tokens, hidden), math.nan, dtype=torch.bfloat16, **gpu),
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_real_shapes_on_a_gpu_stay_within_the_plan(num_tokens):
+    arguments = real_arguments(num_tokens)
+    mxfp4_experts(*arguments)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mxfp4_experts(*arguments)
+    held = torch.cuda.max_memory_allocated() - before
+    cut = reference.plan(num_tokens, 6, 256, 4096, 2048, 2)
+    assert held <= cut.scratch_bytes + 2**20
+    assert arguments[7].isfinite().all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16])
+def test_runs_on_a_fake_gpu(num_tokens):
+    """Devices and shapes fit without values, at the engine's size."""
+    with FakeTensorMode():
+        expert_map = torch.empty(512, dtype=torch.int32, device="cuda")
+        arguments = real_arguments(num_tokens)
+        recorder = record(mxfp4_experts, *arguments, swiglu_limit=10.0, expert_map=expert_map)
+    products = [shapes for name, shapes in recorder.calls if name == "aten::bmm"]
+    cut = reference.plan(num_tokens, 6, 256, 4096, 2048, 2)
+    assert products[:2] == [
+        ((cut.tile_batch, cut.rows, 4096),),
+        ((cut.tile_batch, cut.rows, 4096),),
+    ]

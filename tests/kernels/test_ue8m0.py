@@ -123,3 +123,13 @@ def test_capture_safe():
 
     first = record(call, torch.ones(4, 256), BYTES.view(4, 64))
     assert first.calls == record(call, torch.zeros(4, 256), BYTES.view(4, 64).flip(1)).calls
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_same_bits():
+    on_gpu = ue8m0_to_float32(BYTES.cuda())
+    assert torch.equal(on_gpu.view(torch.int32).cpu(), ue8m0_to_float32(BYTES).view(torch.int32))
+    # Products with the subnormal are not flushed either.
+    values = torch.arange(8.0)
+    scaled = scale_blocks_(values.cuda(), on_gpu[:1], (8,)).cpu()
+    assert torch.equal(scaled.double(), values.double() * 2.0**-127)
