@@ -15,14 +15,21 @@ def add_parser(subparsers: argparse._SubParsersAction, name: str) -> None:
         description="Hold the series to every law of patches/README.md. One line a law where all "
         "is well; else one line for each violation, and exit status 1.",
     )
+    p.add_argument(
+        "--release",
+        metavar="RELEASE",
+        help="hold the series in carried/RELEASE, which `rebase --save` keeps, to the same laws",
+    )
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check; 1 where a law is broken or could not be checked."""
+    from stack.carried import open_carried
     from stack.checking import check
 
-    laws = check(Checkout())
+    checkout = open_carried(args.release) if args.release else Checkout()
+    laws = check(checkout)
     for law in laws:
         for line in law.lines:
             print(line)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from stack import __main__ as main_module
@@ -77,6 +79,19 @@ def test_the_carried_series_keeps_every_law(project):
     assert view.pin.version == NEW
     assert view.pin.commit == "110aaaaaa"
     assert view.pin.patched_tree == git("rev-parse", "carried^{tree}", cwd=project.work).text
+
+
+def test_the_check_command_takes_a_carried_release(project, capsys, monkeypatch):
+    monkeypatch.setitem(main_module.COMMANDS, "check", "stack.commands.check")
+    monkeypatch.setattr(
+        carried, "open_carried", functools.partial(carried.open_carried, root=project.root)
+    )
+    assert main_module.main(["check", "--release", NEW]) == 1
+    assert f"no series is carried to {NEW}" in capsys.readouterr().err
+    carry(project)
+    assert run("--save") == 0
+    assert main_module.main(["check", "--release", NEW]) == 0
+    assert "3 patches apply without fuzz" in capsys.readouterr().out
 
 
 def test_check_sees_a_carried_patch_that_was_tampered_with(project):
