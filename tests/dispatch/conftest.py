@@ -274,6 +274,7 @@ def interpreter(
         # vLLM turns Triton off where no GPU driver is active, unless no GPU is to be seen.
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
     }
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -284,6 +285,9 @@ def interpreter(
                 "-q",
                 "-p",
                 "no:cacheprovider",
+                # The interpreter warns at every operation.
+                "-p",
+                "no:warnings",
                 "--override-ini=python_files=check_*.py",
                 f"--junit-xml={report}",
                 str(HERE / "interpreted"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from vllm_sm12x import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
