@@ -161,8 +161,11 @@ def python_files(*folders):
 def test_modules_and_public_functions_have_docstrings(folder):
     missing = []
     for name in python_files(folder):
-        if "/test_" not in name:
-            missing += without_docstring(name, texts()[name])
+        found = without_docstring(name, texts()[name])
+        if "/test_" in name or name.endswith("/reference.py"):
+            # A test's name says what it shows; an operation is documented in its __init__.py.
+            found = [line for line in found if line == name]
+        missing += found
     assert missing == []
 
 

@@ -1,0 +1,38 @@
+"""The parts of ring 0: what each proves, and which environment it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["lint", "checks", "wheel", "suite"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the closing table.
+
+    ``kind`` says how it runs. ``lint``: ruff. ``checks``: pytest of ``tests/NAME`` with the stack
+    tool's requirements. ``wheel``: pytest of ``tests/NAME`` with the wheel installed. ``suite``:
+    upstream's own tests with the wheel installed.
+    """
+
+    name: str
+    kind: Kind
+    proves: str
+
+
+PARTS = (
+    Part("lint", "lint", "ruff finds nothing, and the code is formatted"),
+    Part("repo", "checks", "the repository keeps its own rules"),
+    Part("rings", "checks", "this runner tells a failure from a pass"),
+    Part("workflows", "checks", "the GitHub workflows are valid, and what they call exists"),
+    Part("stack", "checks", "the laws of the patch series, and the tool that keeps them"),
+    Part("wheel", "checks", "the wheel is whole and repeatable; what must be refused is refused"),
+    Part("upstream", "checks", "each touched file has its upstream tests named; the comparison"),
+    Part("dispatch", "wheel", "every patched function is inert where it must be"),
+    Part("kernels", "wheel", "every operation equals its definition"),
+    Part("engine", "wheel", "the tools of the engine's run on a GPU"),
+    Part("upstream-suite", "suite", "upstream's CPU tests: none worse than with its own wheel"),
+)
+NAMES = tuple(part.name for part in PARTS)
