@@ -82,7 +82,7 @@ def forward(
     series = load_series(checkout.patches)
     archives = {v: (sdists or {}).get(v) or download.fetch_sdist(v) for v in versions}
     results = []
-    with scratch(checkout.root / ".build", "forward-") as folder:
+    with scratch(checkout.root / ".build", ".forward-") as folder:
         work = folder / "tree"
         imported = apply_series(work, checkout, series)
         for version in versions:

@@ -540,7 +540,9 @@ def result(work: Path) -> tuple[State, list[Carried]]:
     carried = []
     for patch, old in state.patches:
         new = by_subject.pop(_subject(work, old), None)
-        carried.append(Carried(patch, old, new, patch in state.dropped))
+        # A conflict that a person settled with nothing left is a drop as well.
+        dropped = patch in state.dropped or (new is None and patch in state.by_hand)
+        carried.append(Carried(patch, old, new, dropped))
     if by_subject:
         subject, commit = next(iter(by_subject.items()))
         raise StackError(

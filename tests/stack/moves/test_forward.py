@@ -210,7 +210,7 @@ def test_the_command_reports_and_says_by_its_status_that_there_is_a_conflict(
     assert f"| `{conflicting}` | applies | conflict |" in shown
     assert told["pin"]["commit"] in shown and told["series"]["sha256"] in shown
     assert project.files() == before
-    assert not list((project.root / ".build").glob("forward-*"))
+    assert not list((project.root / ".build").glob("*forward-*"))
 
 
 def test_the_command_is_content_where_everything_applies(simple, capsys):

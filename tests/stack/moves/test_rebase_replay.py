@@ -212,6 +212,19 @@ def test_an_edit_outside_the_conflict_is_an_amendment(conflicting, tmp_path):
     assert list(statuses(conflicting).values()) == ["resolution replayed", "unchanged", "dropped"]
 
 
+def test_a_conflict_settled_with_nothing_left_is_a_drop(conflicting, tmp_path):
+    start(conflicting)
+    conflicting.resolve({FILE: text((5, "u 5\n"), (30, "u 30\n"))})
+    assert rebasing.proceed(conflicting.work).patch == "core/Three.patch"
+    rebasing.skip(conflicting.work)
+    wanted = tree(conflicting)
+    assert list(statuses(conflicting).values()) == ["dropped", "unchanged", "dropped"]
+    kept = record(conflicting, tmp_path / "kept")
+    assert sorted(kept.dropped) == ["core/One.patch", "core/Three.patch"]
+    assert start(conflicting, tmp_path / "kept") is None
+    assert tree(conflicting) == wanted
+
+
 def test_an_edit_of_a_patch_without_a_conflict_is_an_amendment(simple, tmp_path):
     project = simple({FILE: text(), OTHER: text()}, {FILE: text(), OTHER: "head\n" + text()})
     project.add("One", {FILE: text((5, "one\n"))})
