@@ -1,7 +1,7 @@
-"""FP8 block linears: the weight scales as the CUTLASS and Triton kernels want them.
+"""FP8 block linears: the weight scales as the CUTLASS kernel wants them.
 
-The checkpoint stores block scales as E8M0 exponents. vLLM 0.22.1 turns them into float32 for DeepGEMM
-alone; the other kernels refuse (CUTLASS) or misread (Triton) the exponent dtype.
+The checkpoint stores block scales as E8M0 exponents. vLLM 0.22.1 turns them into float32 for
+DeepGEMM alone; CUTLASS refuses the exponent dtype.
 """
 
 from __future__ import annotations

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sm12x.dispatch import portable_enabled
 from vllm_sm12x.ops import mqa_logits, paged_mqa_logits
+
+# Keys in a page of the indexer's cache.
+_PAGE = 64
 
 
 def _require_fp8(q: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
@@ -53,3 +57,21 @@ def fp8_paged_mqa_logits(
         max_model_len,
         clean_logits=clean_logits,
     )
+
+
+def scratch_bytes(tokens: int, heads: int, max_compressed_len: int) -> int:
+    """Most memory that the portable logits of a step take besides their result, in bytes.
+
+    Args:
+        tokens: Query tokens of the step.
+        heads: The indexer's heads.
+        max_compressed_len: Keys of the longest request that the engine admits.
+    """
+    most = 0
+    if portable_enabled("mqa_logits"):
+        most = mqa_logits.scratch_bytes(tokens, heads, max_compressed_len)
+    if portable_enabled("paged_mqa_logits"):
+        pages = -(-max_compressed_len // _PAGE)
+        decode = paged_mqa_logits.scratch_bytes(tokens, 1, heads, pages, max_compressed_len)
+        most = max(most, decode)
+    return most

@@ -20,8 +20,8 @@ from vllm_sm12x.ops.mxfp4_experts import mxfp4_experts
 class SM12xMxfp4Experts(mk.FusedMoEExpertsModular):
     """Routed experts on the checkpoint's own MXFP4 layout, with bf16 activations.
 
-    ``w1`` is uint8 ``[E, 2I, H / 2]`` (gate rows, then up rows), ``w2`` uint8 ``[E, H, I / 2]``; the
-    scales are uint8 E8M0 exponents, one for 32 values along the last dimension.
+    ``w1`` is uint8 ``[E, 2I, H / 2]`` (gate rows, then up rows), ``w2`` uint8 ``[E, H, I / 2]``;
+    the scales are uint8 E8M0 exponents, one for 32 values along the last dimension.
 
     Raises:
         ValueError: The layer has a bias; DeepSeek V4's experts have none.

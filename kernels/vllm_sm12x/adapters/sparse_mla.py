@@ -18,6 +18,7 @@ from vllm.models.deepseek_v4.common.ops import (
 from vllm.models.deepseek_v4.nvidia.flashmla import DeepseekV4FlashMLASparseImpl
 from vllm.v1.worker.workspace import current_workspace_manager
 
+from vllm_sm12x.adapters import indexer
 from vllm_sm12x.dispatch import portable_enabled
 from vllm_sm12x.ops import sparse_mla
 
@@ -41,6 +42,14 @@ def _most_compressed_keys(layer: DeepseekV4MLAAttention) -> int:
         return layer.topk_indices_buffer.shape[-1]
     entries = -(-layer.max_model_len // layer.compress_ratio)
     return -(-entries // _INDEX_ALIGNMENT) * _INDEX_ALIGNMENT
+
+
+def _attention_scratch_bytes(layer: DeepseekV4MLAAttention, q: torch.Tensor) -> int:
+    keys = layer.window_size + _most_compressed_keys(layer)
+    return max(
+        sparse_mla.decode_scratch_bytes(*q.shape[:2], keys),
+        sparse_mla.prefill_scratch_bytes(*q.shape[:2], keys),
+    )
 
 
 class PortableSparseMLAImpl(DeepseekV4FlashMLASparseImpl):
@@ -68,16 +77,13 @@ class PortableSparseMLAImpl(DeepseekV4FlashMLASparseImpl):
         super().forward_mqa(layer, q, kv, positions, output)
         if get_forward_context().attn_metadata is None:
             # The memory-profiling run: take once what the operations take at most, so that the KV
-            # cache is sized with it in mind.
-            keys = layer.window_size + _most_compressed_keys(layer)
-            torch.empty(
-                max(
-                    sparse_mla.decode_scratch_bytes(*q.shape[:2], keys),
-                    sparse_mla.prefill_scratch_bytes(*q.shape[:2], keys),
-                ),
-                dtype=torch.uint8,
-                device=q.device,
-            )
+            # cache is sized with it in mind. The indexer runs beside us, on a stream of its own.
+            scratch = _attention_scratch_bytes(layer, q)
+            if layer.indexer is not None:
+                scratch += indexer.scratch_bytes(
+                    q.shape[0], layer.indexer.n_head, layer.indexer.max_model_len
+                )
+            torch.empty(scratch, dtype=torch.uint8, device=q.device)
 
     @classmethod
     def _forward_decode(
