@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from stack.errors import StackError
@@ -42,6 +43,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-k", default="", metavar="EXPR", help="pytest's -k; parts with no match are left"
     )
+    p.add_argument(
+        "--python",
+        type=Path,
+        metavar="PYTHON",
+        help="test the wheel in this interpreter's environment as it is, and make none: for a "
+        "machine without a network; the parts that need the wheel alone",
+    )
     p.add_argument("--list", action="store_true", help="list the parts and what each proves")
     p.add_argument("pytest", nargs="*", metavar="-- ARG", help="further arguments of pytest")
     return p
@@ -71,18 +79,24 @@ def _run(args: argparse.Namespace) -> int:
     chosen = [part for part in PARTS if not args.only or part.name in args.only]
     if args.ring == 1:
         chosen = [part for part in chosen if part.name in GPU_PARTS]
+    elif args.python:
+        chosen = [part for part in chosen if part.kind == "wheel"]
     elif args.k and not args.only:
         chosen = [part for part in chosen if part.kind in ("checks", "wheel")]
     if not chosen:
         raise StackError(
-            f"ring {args.ring} has no part {', '.join(args.only)}",
-            f"ring 1 has {', '.join(GPU_PARTS)}",
+            f"none of {', '.join(args.only)} is run by this", f"what is: {', '.join(GPU_PARTS)}"
         )
     selection = Selection(args.k, "gpu" if args.ring else "", tuple(args.pytest))
-    _prepare({part.kind for part in chosen})
+    if args.python:
+        # Resolving links would leave the virtual environment.
+        selection = replace(selection, python=args.python.absolute())
+    else:
+        _prepare({part.kind for part in chosen})
     results = (_ring_1 if args.ring == 1 else _ring_0)(chosen, selection)
     print(f"\nring {args.ring}\n\n{table(results)}\n")
-    print(_standing(args.ring, results, whole=len(chosen) == len(PARTS) and not selection.narrowed))
+    whole = len(chosen) == len(PARTS) and not selection.narrowed
+    print(_standing(args.ring, results, whole, _gpu(selection.python)))
     print(f"total time {clock(time.monotonic() - started)}\n")
     print(closing_line(results))
     if not results:
@@ -149,7 +163,7 @@ def _run_logged(part: Part, selection: Selection) -> Result | None:
 
 
 def _ring_1(chosen: Sequence[Part], selection: Selection) -> list[Result]:
-    gpu = _gpu()
+    gpu = _gpu(selection.python)
     if gpu is None:
         raise StackError(
             "ring 1 needs a CUDA GPU, and torch sees none", "run it on a machine that has one"
@@ -161,15 +175,15 @@ def _ring_1(chosen: Sequence[Part], selection: Selection) -> list[Result]:
         if result:
             results.append(result)
     if any(part.name == "engine" for part in chosen) and not selection.keyword:
-        results.append(_engine())
+        results.append(_engine(selection.python))
     return results
 
 
-def _engine() -> Result:
+def _engine(python: Path) -> Result:
     """The engine end to end with the portable path forced, as one test."""
     started = time.monotonic()
     command = [
-        *(str(environment.TEST_ENV / "bin" / "python"), "tests/engine/run_engine.py"),
+        *(str(python), "tests/engine/run_engine.py"),
         *("--out", str(OUTCOMES / "engine-portable.json")),
     ]
     part = next(part for part in PARTS if part.name == "engine")
@@ -178,9 +192,8 @@ def _engine() -> Result:
     return judged(Result("engine-run", 0 if status else 1, 0, 0, seconds), status)
 
 
-def _gpu() -> tuple[str, tuple[int, int]] | None:
-    """The name and compute capability of the first GPU that torch sees."""
-    python = environment.TEST_ENV / "bin" / "python"
+def _gpu(python: Path) -> tuple[str, tuple[int, int]] | None:
+    """The name and compute capability of the first GPU that an interpreter's torch sees."""
     if not python.exists():
         return None
     done = subprocess.run([python, "-c", _GPU], capture_output=True, text=True, check=False)
@@ -190,11 +203,12 @@ def _gpu() -> tuple[str, tuple[int, int]] | None:
     return name, tuple(capability)
 
 
-def _standing(ring: int, results: Sequence[Result], whole: bool) -> str:
+def _standing(
+    ring: int, results: Sequence[Result], whole: bool, gpu: tuple[str, tuple[int, int]] | None
+) -> str:
     """Where each ring stands after this run, and the command that runs what was not run."""
     ok = bool(results) and all(result.ok for result in results)
     ran = ("passed" if ok else "FAILED") + ("" if whole or ring else ", in part")
-    gpu = _gpu()
     if ring == 1:
         first = "not run now; run it: ./test.sh"
         second = ran

@@ -25,11 +25,15 @@ NO_TESTS = 5
 
 @dataclass(frozen=True)
 class Selection:
-    """What a developer narrowed the run to: pytest's ``-k`` and ``-m``, and further arguments."""
+    """What a developer narrowed the run to: pytest's ``-k`` and ``-m``, and further arguments.
+
+    ``python`` is the interpreter of an environment with a wheel to test, in place of test-env's.
+    """
 
     keyword: str = ""
     mark: str = ""
     extra: tuple[str, ...] = ()
+    python: Path = TEST_ENV / "bin" / "python"
 
     @property
     def narrowed(self) -> bool:
@@ -80,7 +84,7 @@ def environment_of(part: Part, gpu: bool) -> dict[str, str]:
 
 
 def _pytest(part: Part, selection: Selection, log: Path | None, gpu: bool) -> tuple[Result, int]:
-    python = (TEST_ENV if part.kind == "wheel" else CHECK_ENV) / "bin" / "python"
+    python = selection.python if part.kind == "wheel" else CHECK_ENV / "bin" / "python"
     report = OUTCOMES / f"{part.name}.jsonl"
     report.unlink(missing_ok=True)
     command = [

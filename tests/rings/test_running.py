@@ -137,7 +137,7 @@ def test_the_parts_are_listed(capsys):
 
 def _answers(monkeypatch, results, gpu=None):
     monkeypatch.setattr(rings, "_prepare", lambda kinds: None)
-    monkeypatch.setattr(rings, "_gpu", lambda: gpu)
+    monkeypatch.setattr(rings, "_gpu", lambda python: gpu)
     monkeypatch.setattr(
         rings.running, "run_part", lambda part, selection, log, gpu=False: results(part)
     )
@@ -160,6 +160,40 @@ def test_ring_1_without_a_gpu_is_an_error_and_not_a_pass(monkeypatch, capsys):
     _answers(monkeypatch, lambda part: rings.Result(part.name, 2))
     assert rings.main(["--ring", "1"]) == 1
     assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_named_environment_is_used_as_it_is(monkeypatch, capsys):
+    used = []
+    _answers(monkeypatch, lambda part: rings.Result(part.name, 1))
+    monkeypatch.setattr(rings, "_prepare", lambda kinds: pytest.fail("made an environment"))
+    monkeypatch.setattr(
+        rings.running,
+        "run_part",
+        lambda part, selection, log, gpu=False: (
+            used.append(selection.python) or rings.Result(part.name, 1)
+        ),
+    )
+    assert rings.main(["--python", "/opt/env/bin/python"]) == 0
+    assert set(used) == {Path("/opt/env/bin/python")}
+    assert len(used) == len([part for part in PARTS if part.kind == "wheel"])
+
+
+def test_ring_1_runs_the_gpu_tests_and_the_engine(monkeypatch, capsys):
+    asked, called = [], []
+    _answers(monkeypatch, None, gpu=("H200", (9, 0)))
+    monkeypatch.setattr(
+        rings.running,
+        "run_part",
+        lambda part, selection, log, gpu=False: (
+            asked.append((part.name, selection.mark, gpu)) or rings.Result(part.name, 1)
+        ),
+    )
+    monkeypatch.setattr(rings.running, "call", lambda command, *rest: called.append(command) or 1)
+    assert rings.main(["--ring", "1"]) == 1
+    assert {name for name, mark, gpu in asked if mark == "gpu" and gpu} == set(rings.GPU_PARTS)
+    assert called[0][1] == "tests/engine/run_engine.py"
+    # The engine's exit status 1 is a failure in the counts too.
+    assert capsys.readouterr().out.splitlines()[-1] == "3 passed, 1 failed, 0 skipped"
 
 
 def test_a_selection_that_matches_nothing_is_a_failure(monkeypatch, capsys):
