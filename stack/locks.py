@@ -53,7 +53,12 @@ def targets(pin: Pin) -> list[tuple[str, str]]:
     return [(version, arch) for version in python_versions(pin) for arch in ARCHITECTURES]
 
 
-def _uv() -> str:
+def find_uv() -> str:
+    """The ``uv`` of this environment, else the one on PATH.
+
+    Raises:
+        StackError: There is none.
+    """
     beside = Path(sys.executable).with_name("uv")
     found = str(beside) if beside.exists() else shutil.which("uv")
     if found is None:
@@ -72,7 +77,15 @@ def _compile(requirements: str, *options: str) -> str:
     """
     # The caller's uv settings would change the result; the index is the one that downloads use.
     env = {key: value for key, value in os.environ.items() if not key.startswith("UV_")}
-    command = [_uv(), "pip", "compile", "-q", "--no-config", "--no-header", "--no-emit-index-url"]
+    command = [
+        find_uv(),
+        "pip",
+        "compile",
+        "-q",
+        "--no-config",
+        "--no-header",
+        "--no-emit-index-url",
+    ]
     command += ["--default-index", index.index_url(), *options, "-"]
     done = subprocess.run(
         command, input=requirements, env=env, capture_output=True, text=True, check=False

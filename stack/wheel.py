@@ -18,7 +18,7 @@ from stack.pin import ARCHITECTURES, ROOT, Pin
 from stack.wheel_assemble import Assembled, assemble, disk_error
 
 ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
-LICENCE_FILE = ROOT / "LICENSE"
+LICENCE = "LICENSE"
 
 
 def architectures(told: str | None) -> tuple[str, ...]:
@@ -68,11 +68,12 @@ def read_inputs(
 
     Args:
         checkout: Whose pin, patches and submodule.
-        folder: An empty or missing folder for the work tree.
+        folder: A missing or empty folder for the work tree; with ``compiled``, the one of an
+            earlier build does too.
         echo: Called with a line for each step.
         compiled: Everything will be compiled from the tree: no change has to be refused.
     """
-    imported = import_series(folder, checkout=checkout, echo=echo)
+    imported = import_series(folder, checkout=checkout, force=compiled, echo=echo)
     changes = wheel_changes.read_changes(imported)
     inside, outside = ([], []) if compiled else wheel_changes.sort_out(changes)
     trees = {
@@ -90,7 +91,7 @@ def read_inputs(
         imported=imported,
         inside=inside,
         outside=outside,
-        kernels=wheel_kernels.read_kernels(),
+        kernels=wheel_kernels.read_kernels(checkout.root / "kernels"),
         trees=trees,
     )
 
@@ -99,6 +100,7 @@ def receipt_inputs(inputs: Inputs, binaries: dict[str, Any]) -> dict[str, Any]:
     """The sections of the receipt that say what went in."""
     pin = inputs.checkout.pin
     found = source.find(inputs.checkout)
+    licence = inputs.checkout.root / LICENCE
     return {
         "version": pin.local_version,
         "upstream": {
@@ -125,10 +127,11 @@ def receipt_inputs(inputs: Inputs, binaries: dict[str, Any]) -> dict[str, Any]:
             "sha256": wheel_kernels.tree_digest(inputs.kernels),
         },
         "licence": {
-            "filename": LICENCE_FILE.name,
-            "sha256": hashlib.sha256(LICENCE_FILE.read_bytes()).hexdigest(),
+            "filename": LICENCE,
+            "sha256": hashlib.sha256(licence.read_bytes()).hexdigest(),
         },
-        "repository": wheel_receipt.repository_state(),
+        "tested": wheel_receipt.claims(inputs.checkout.root / "tests" / "claims.toml"),
+        "repository": wheel_receipt.repository_state(inputs.checkout.root),
     }
 
 
@@ -145,7 +148,7 @@ def finish(
         note=note(pin),
         changes=inputs.inside,
         kernels=inputs.kernels,
-        licence=LICENCE_FILE.read_bytes(),
+        licence=(inputs.checkout.root / LICENCE).read_bytes(),
     )
     try:
         wheel_receipt.write_receipt(made, receipt_inputs(inputs, binaries))

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stack.errors import StackError
-from stack.pin import ROOT
 
-KERNELS = ROOT / "kernels"
 PACKAGE = "vllm_sm12x"
 SUFFIXES = frozenset([".py", ".pyi", ".json", ".toml", ".typed", ".md", ".txt"])
 
 
-def read_kernels(folder: Path = KERNELS) -> dict[str, bytes]:
+def read_kernels(folder: Path) -> dict[str, bytes]:
     """Every file of the package by its path in the wheel (``vllm_sm12x/…``), sorted.
+
+    Args:
+        folder: The folder that holds the package (``kernels/``).
 
     Compiled Python and hidden files are passed over. Anything else that is not known to belong is
     an error: an editor's left-over in a wheel cannot be taken back.

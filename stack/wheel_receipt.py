@@ -22,7 +22,6 @@ from stack.pin import ROOT, tomllib
 from stack.wheel_assemble import Assembled
 
 FORMAT = 1
-CLAIMS_FILE = ROOT / "tests" / "claims.toml"
 # Where a claim can have been shown, as the README's table has it.
 PLACES = ("CPU", "compile-only", "Hopper", "SM12x")
 
@@ -40,7 +39,7 @@ def patches_used(folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
     ]
 
 
-def repository_state(root: Path = ROOT) -> dict[str, Any]:
+def repository_state(root: Path) -> dict[str, Any]:
     """This repository's commit, and whether anything differs from it; nulls outside of git."""
     head = git("rev-parse", "--verify", "-q", "HEAD^{commit}", cwd=root, check=False)
     if head.returncode:
@@ -50,7 +49,7 @@ def repository_state(root: Path = ROOT) -> dict[str, Any]:
     return {"commit": head.text, "dirty": bool(status.stdout)}
 
 
-def claims(path: Path = CLAIMS_FILE) -> list[dict[str, str]]:
+def claims(path: Path) -> list[dict[str, str]]:
     """What was tested, where: the entries of ``tests/claims.toml``; empty where nothing was run.
 
     Each ``[[claim]]`` has ``claim``, ``where`` (one of :data:`PLACES`), ``date`` and ``command``.
@@ -92,7 +91,7 @@ def write_receipt(assembled: Assembled, inputs: Mapping[str, Any]) -> Path:
 
     Args:
         assembled: The wheel.
-        inputs: The sections that do not follow from the wheel itself, see ``receipt.schema.json``.
+        inputs: The sections that do not follow from the wheel, see ``receipt.schema.json``.
     """
     content = {
         "format": FORMAT,
@@ -105,7 +104,6 @@ def write_receipt(assembled: Assembled, inputs: Mapping[str, Any]) -> Path:
             "removed": list(assembled.removed),
         },
         **inputs,
-        "tested": claims(),
         "made": made(),
     }
     path = receipt_path(assembled.path)

@@ -173,15 +173,19 @@ def upstream_files() -> dict[str, tuple[bytes, int]]:
 def make_wheel(tmp_path) -> Callable[..., Path]:
     """Write files as a wheel of "vllm" 1.2.3, compressed, with the RECORD that belongs to them."""
 
-    def make(files: dict[str, tuple[bytes, int]], tag: str = "cp38-abi3-manylinux_2_28_x86_64"):
-        path = tmp_path / "upstream" / f"vllm-1.2.3-{tag}.whl"
+    def make(
+        files: dict[str, tuple[bytes, int]],
+        tag: str = "cp38-abi3-manylinux_2_28_x86_64",
+        version: str = "1.2.3",
+    ) -> Path:
+        path = tmp_path / "upstream" / f"vllm-{version}-{tag}.whl"
         path.parent.mkdir(exist_ok=True)
         record = "".join(
             ('"{}"' if "," in name else "{}").format(name)
             + f",sha256={b64(hashlib.sha256(data).digest())},{len(data)}\n"
             for name, (data, _) in files.items()
         )
-        name = "vllm-1.2.3.dist-info/RECORD"
+        name = f"vllm-{version}.dist-info/RECORD"
         files = files | {name: ((record + f"{name},,\n").encode(), 0o100664)}
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, (data, mode) in files.items():

@@ -141,7 +141,7 @@ def test_requirements_that_do_not_resolve_are_one_line(monkeypatch):
         )
 
     monkeypatch.setattr(locks.subprocess, "run", failed)
-    monkeypatch.setattr(locks, "_uv", lambda: "uv")
+    monkeypatch.setattr(locks, "find_uv", lambda: "uv")
     with pytest.raises(StackError, match="No solution found Because a is not there, it fails"):
         locks.resolve(PIN, "3.12", "x86_64")
 

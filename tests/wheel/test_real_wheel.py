@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from email.parser import BytesParser
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import jsonschema
 import pytest
 
 from stack import download, wheel
+from stack.checkout import Checkout
+from stack.errors import StackError
 from stack.pin import ARCHITECTURES, ROOT, load_pin
 from stack.wheel_receipt import receipt_path
 
@@ -25,39 +29,57 @@ PIN = load_pin()
 INFO = f"vllm-{PIN.local_version}.dist-info"
 
 
+def snapshot(folder: Path, *names: str) -> Path:
+    """A copy of this checkout's parts, which nobody edits while the tests run."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def copied(tmp_path_factory) -> Path:
+    """This checkout without the submodule."""
+    names = ("upstream.toml", "LICENSE", "stack", "kernels", "patches")
+    return snapshot(tmp_path_factory.mktemp("checkout"), *names)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, copied):
     """The wheels of both architectures, by architecture."""
-    wheels = wheel.build(ARCHITECTURES, tmp_path_factory.mktemp("dist"), echo=lambda line: None)
+    out = tmp_path_factory.mktemp("dist")
+    wheels = wheel.build(ARCHITECTURES, out, checkout=Checkout(copied), echo=lambda line: None)
     return dict(zip(ARCHITECTURES, wheels, strict=True))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_second_build_gives_the_same_bytes(made, tmp_path, arch):
+def test_a_second_build_gives_the_same_bytes(made, copied, tmp_path):
     umask = "import os; os.umask(0o077); "
     program = umask + "from stack.__main__ import main; raise SystemExit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", program, "wheel", "--arch", arch, "--out", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "TZ": "Asia/Kathmandu", "LC_ALL": "C"},
+        [sys.executable, "-c", program, "wheel", "--arch", "all", "--out", str(tmp_path)],
+        cwd=copied,
+        env=os.environ | {"TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTHONHASHSEED": "3"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    path = Path(done.stdout.strip())
-    assert path.name == made[arch].path.name
-    assert download.sha256_of(path) == made[arch].sha256 == download.sha256_of(made[arch].path)
-    receipts = [json.loads(receipt_path(p).read_text()) for p in (path, made[arch].path)]
-    for receipt in receipts:
-        receipt.pop("made")
-        # Others may edit the checkout while the test runs.
-        receipt.pop("repository")
-    assert receipts[0] == receipts[1]
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert [path.name for path in paths] == [one.path.name for one in made.values()]
+    for path, first in zip(paths, made.values(), strict=True):
+        assert download.sha256_of(path) == first.sha256 == download.sha256_of(first.path)
+        receipts = [json.loads(receipt_path(p).read_text()) for p in (path, first.path)]
+        for receipt in receipts:
+            receipt.pop("made")
+        assert receipts[0] == receipts[1]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_receipt_is_valid_and_true(made, arch):
+def test_the_receipt_is_valid_and_true(made, copied, arch):
     receipt = json.loads(receipt_path(made[arch].path).read_text(encoding="utf-8"))
     schema = json.loads((ROOT / "stack" / "receipt.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator(schema).validate(receipt)
@@ -66,7 +88,7 @@ def test_the_receipt_is_valid_and_true(made, arch):
     assert told["size"] == made[arch].path.stat().st_size
     assert receipt["binaries"]["sha256"] == PIN.wheels[arch].sha256
     for patch in receipt["series"]:
-        content = (ROOT / "patches" / patch["name"]).read_bytes()
+        content = (copied / "patches" / patch["name"]).read_bytes()
         assert patch["sha256"] == hashlib.sha256(content).hexdigest()
 
 
@@ -125,3 +147,78 @@ def test_the_wheel_verifies_when_unpacked(made, tmp_path):
         check=True,
     )
     assert shown.stdout.strip() == PIN.local_version
+
+
+PATCH = """\
+From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
+From: A Name <a@example.com>
+Date: Mon, 23 Nov 2026 00:00:00 +0000
+Subject: [PATCH] Add {path}
+
+A patch that a wheel made from binaries cannot carry.
+
+Kind: tune
+Scope: csrc
+Upstream: none, a test
+Drop-when: never
+Depends: none
+Tests: this one
+---
+ {path} | 1 +
+ 1 file changed, 1 insertion(+)
+ create mode 100644 {path}
+
+diff --git a/{path} b/{path}
+new file mode 100644
+index 0000000000000000000000000000000000000000..a5bce3fd2565d8f458555a0c6f42d0504a848bd5
+--- /dev/null
++++ b/{path}
+@@ -0,0 +1 @@
++test1
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Callable[..., Checkout]:
+    """A checkout with a series of one patch that adds ``path``."""
+
+    def make(path: str) -> Checkout:
+        snapshot(tmp_path, "upstream.toml", "LICENSE", "kernels", "stack/shared-files")
+        (tmp_path / "patches" / "core").mkdir(parents=True)
+        (tmp_path / "patches" / "series").write_text("core/one.patch\n")
+        (tmp_path / "patches" / "core" / "one.patch").write_text(PATCH.format(path=path))
+        return Checkout(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("path", ["csrc/new.cu", "vllm/new.cpp", "nobody/knows.py"])
+def test_a_patch_to_a_compiled_input_stops_the_build(checkout, tmp_path, monkeypatch, path):
+    made = checkout(path)
+    real = download.fetch
+
+    def no_wheels(artifact, **options):
+        assert not artifact.filename.endswith(".whl"), "refused before a long download"
+        return real(artifact, **options)
+
+    monkeypatch.setattr(download, "fetch", no_wheels)
+    with pytest.raises(StackError, match=path) as error:
+        wheel.build(("x86_64",), tmp_path / "dist", checkout=made, echo=lambda line: None)
+    assert "patches/core/one.patch" in error.value.message and "--source" in error.value.hint
+    assert not (tmp_path / "dist").exists()
+
+
+def test_a_patch_that_adds_a_python_file_is_in_the_wheel(checkout, tmp_path):
+    made = wheel.build(
+        ("x86_64",), tmp_path / "dist", checkout=checkout("vllm/new.py"), echo=lambda line: None
+    )
+    with zipfile.ZipFile(made[0].path) as archive:
+        assert archive.read("vllm/new.py") == b"test1\n"
+        assert archive.read("vllm/envs.py") == _upstream("vllm/envs.py")
+    receipt = json.loads(receipt_path(made[0].path).read_text(encoding="utf-8"))
+    assert [patch["name"] for patch in receipt["series"]] == ["core/one.patch"]
+
+
+def _upstream(name: str) -> bytes:
+    with zipfile.ZipFile(download.fetch(PIN.wheels["x86_64"], project="vllm")) as archive:
+        return archive.read(name)
