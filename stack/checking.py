@@ -15,7 +15,7 @@ from stack.errors import StackError
 from stack.exporting import order_text, render
 from stack.git import git
 from stack.header import Patch, load
-from stack.importing import scratch
+from stack.scratch import scratch
 from stack.series import files_in, read_order, series_file
 from stack.shared import SharedFiles
 

@@ -12,7 +12,7 @@ from stack.checkout import Checkout
 from stack.errors import StackError
 from stack.git import git
 from stack.header import Patch, slug
-from stack.importing import scratch
+from stack.scratch import scratch
 from stack.series import FOLDERS, files_in, load_series, read_order, series_file
 
 # Full ids, no signature (it names git's version) and no diffstat (its layout is for reading, and

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +13,7 @@ from stack.checkout import Checkout
 from stack.errors import StackError
 from stack.git import git
 from stack.header import Patch
+from stack.scratch import scratch
 from stack.series import load_series
 
 # No three-way merge, no reduced context (-C), no white-space mending: a patch applies as it is
@@ -26,7 +23,6 @@ AM = (
     *("--whitespace=nowarn", "--committer-date-is-author-date", "--no-gpg-sign"),
 )
 UPTO_BASE = "base"
-STALE = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -216,29 +212,6 @@ def touched_problems(folder: Path, checkout: Checkout, series: Sequence[Patch]) 
         if blob != listed.files[path].blob
     ]
     return problems
-
-
-@contextmanager
-def scratch(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder below ``parent`` that is removed at the end, and with it what killed runs left.
-
-    Raises:
-        StackError: For any ``OSError`` of the body too: the disk is full, a folder is read-only.
-    """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for old in parent.glob(f"{prefix}*"):
-            if time.time() - old.stat().st_mtime > STALE:
-                shutil.rmtree(old, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            prefix=prefix, dir=parent, ignore_cleanup_errors=True
-        ) as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise StackError(
-            f"{error.filename or parent}: {error.strerror or error}",
-            "nothing was changed; see to the space and the permissions there, and run again",
-        ) from None
 
 
 def _prefix(series: list[Patch], upto: str | None) -> list[Patch]:

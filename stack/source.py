@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +21,12 @@ from stack import shared
 from stack.checkout import Checkout
 from stack.errors import StackError
 from stack.git import EMAIL, EPOCH, NAME, git
+from stack.scratch import scratch
 from stack.sdist import File
 
 # Part of the cache's key: raise it when the commit or the rules change.
 FORMAT = 1
 RELEASE_REF = "refs/heads/release"
-# A temporary folder this old (seconds) belongs to a run that was killed.
-STALE = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -193,20 +190,8 @@ def _cached(key: str) -> Iterator[tuple[Path, bool]]:
     if place.is_dir():
         yield place, False
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StackError(
-            f"{folder} cannot be made: {error.strerror}",
-            "set SM12X_CACHE to a folder that you can write to",
-        ) from None
-    for old in folder.glob("part-*"):
-        if time.time() - old.stat().st_mtime > STALE:
-            shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(
-        prefix="part-", dir=folder, ignore_cleanup_errors=True
-    ) as part:
-        bare = Path(part) / "release.git"
+    with scratch(folder, "part-") as part:
+        bare = part / "release.git"
         bare.mkdir()
         git("init", "-q", "--bare", "--template=", cwd=bare)
         yield bare, True
@@ -259,6 +244,9 @@ def _commit(bare: Path, files: Mapping[str, File], version: str) -> None:
 
 
 def _bring(bare: Path, repo: Path, borrow: bool = False) -> str:
+    found = git("rev-parse", "--verify", "-q", f"{RELEASE_REF}^{{tree}}", cwd=bare, check=False)
+    if found.returncode:
+        raise StackError(f"{bare} is damaged", f"delete {bare}: it is made again")
     commit = git("rev-parse", "--verify", RELEASE_REF, cwd=bare).text
     if borrow:
         alternates = git("rev-parse", "--git-path", "objects/info/alternates", cwd=repo).text

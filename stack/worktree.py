@@ -113,6 +113,4 @@ def unexported(path: Path, state: State) -> list[str]:
         for commit in (state.base, state.exported)
         if git("cat-file", "-e", commit, cwd=path, check=False).returncode == 0
     ]
-    lines = git("log", "--format=%h %s", *tips, *known, cwd=path).lines
-    # A head that only lacks commits has none of its own, and loses nothing.
-    return lines
+    return git("log", "--format=%h %s", *tips, *known, cwd=path).lines

@@ -47,7 +47,7 @@ def add(series, text, files, **arguments):
 
 def test_a_green_run_prints_a_line_a_law(series, monkeypatch, capsys):
     monkeypatch.setattr(command, "Checkout", lambda: series.checkout)
-    assert command.run(argparse.Namespace()) == 0
+    assert command.run(argparse.Namespace(release=None)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:6] for line in lines] == ["ok    "] * len(LAWS)
     assert [line[6:].partition(":")[0] for line in lines] == LAWS
@@ -62,7 +62,7 @@ def test_violations_of_several_laws_are_all_listed(series, monkeypatch, capsys):
     edit(series, FIRST, b"Depends: none", b"Depends: core/No.patch")
     edit(series, SECOND, b"Tests: tests/test_add.py", b"Tests: tests/test_no.py")
     monkeypatch.setattr(command, "Checkout", lambda: series.checkout)
-    assert command.run(argparse.Namespace()) == 1
+    assert command.run(argparse.Namespace(release=None)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == [
         f"FAIL  header: patches/{FIRST}: trailer Kind is missing",

@@ -195,10 +195,36 @@ def test_release_commit_depends_on_version_and_contents(project, repo, tmp_path)
     assert one != two and source.tree_of(repo, one) == source.tree_of(repo, two)
 
 
-def test_an_unwritable_cache_says_what_to_set(project, repo, monkeypatch, tmp_path):
+def test_an_unwritable_cache_is_one_line(project, repo, monkeypatch, tmp_path):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file", encoding="utf-8")
     monkeypatch.setenv("SM12X_CACHE", str(blocked))
-    with pytest.raises(StackError, match="cannot be made") as caught:
+    with pytest.raises(StackError, match="blocked") as caught:
         source.release_commit(repo, "1.0.0", sdist=project.upstream.archive)
-    assert "SM12X_CACHE" in caught.value.hint
+    assert "permissions" in caught.value.hint
+
+
+def test_a_damaged_cache_says_what_to_delete(project, repo, tmp_path):
+    source.base_commit(repo, project.checkout)
+    (bare,) = (tmp_path / "cache" / "trees").iterdir()
+    shutil.rmtree(bare / "objects")
+    with pytest.raises(StackError, match="is damaged|not a git repository") as caught:
+        source.base_commit(repo, project.checkout)
+    assert str(bare) in caught.value.hint
+    shutil.rmtree(bare)
+    assert source.base_commit(repo, project.checkout)
+
+
+def test_two_runs_at_once_give_one_commit(project, tmp_path):
+    """Threads stand in for processes: each runs git and makes its own folders."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def run(number):
+        folder = tmp_path / f"repo{number}"
+        folder.mkdir()
+        git("init", "-q", cwd=folder)
+        return source.base_commit(folder, project.checkout)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(run, range(4)))) == 1
+    assert len(list((tmp_path / "cache" / "trees").iterdir())) == 1
