@@ -22,11 +22,8 @@ def test_only_upstreams_factors_without_a_portable_operation(cuda, case, choose)
         for name in factors
         if name not in envs.environment_variables and not name.startswith("RAY_EXPERIMENTAL_NOSET_")
     }
-    anything_portable = case.override in ("all", "mhc") or (
-        case.capability[0] == 12 and case.override in (None, "auto")
-    )
-    # The list of all other operations is a portable path too.
-    anything_portable = anything_portable or "," in (case.override or "")
+    # Naming all the other operations is a portable path too.
+    anything_portable = case.portable or "," in (case.override or "")
     assert ours == ({"SM12X_PORTABLE"} if anything_portable else set())
 
 
@@ -58,6 +55,10 @@ def test_the_same_choice_has_the_same_key_however_it_was_made(choose):
         choose(capability, override)
         return hash_of(envs.compile_factors())
 
-    assert hashed((12, 0), None) == hashed((12, 1), "all") == hashed((9, 0), "all")
-    assert hashed((9, 0), "mhc,cutedsl") == hashed((9, 0), " cutedsl , mhc ")
-    assert hashed((9, 0), None) == hashed((10, 0), "auto") == hashed((12, 0), "none")
+    everything = hashed((12, 0), None)
+    assert everything == hashed((12, 1), "all") == hashed((9, 0), "all")
+    some = hashed((9, 0), "mhc,cutedsl")
+    assert some == hashed((9, 0), " cutedsl , mhc ")
+    nothing = hashed((9, 0), None)
+    assert nothing == hashed((10, 0), "auto") == hashed((12, 0), "none")
+    assert len({everything, some, nothing}) == 3
