@@ -143,6 +143,7 @@ def _show_stop(work: Path, stop: Stop) -> None:
             print(f"  git -C {place} add {conflict.path}")
     if not stop.conflicts:
         print(f"  git -C {place} status")
+    print("  # Where the change belongs to another file by now, edit and add that one too.")
     print(f"  {RUN} --continue{option}")
     print("or, where upstream has the change:")
     print(f"  {RUN} --skip{option}")
