@@ -42,6 +42,8 @@ def test_author_and_date_are_the_patchs(series):
     raw = series.patch(FIRST).read_text(encoding="utf-8")
     shown = series.git("log", "-1", "--format=From: %an <%ae>%nDate: %aD", made.commits[0])
     assert shown in raw
+    dates = series.git("log", "-1", "--format=%aI %cI", made.commits[0]).split()
+    assert dates[0] == dates[1]
 
 
 @pytest.mark.parametrize("name", [FIRST, f"patches/{FIRST}", "Add-three-numbers"])
