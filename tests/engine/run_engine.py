@@ -257,6 +257,11 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
+def save(report: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -271,7 +276,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     parser.add_argument("--commit", help="commit to name in the report where git cannot tell")
     parser.add_argument("--compare", type=Path, help="a report of another run to compare with")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.mtp < 0:
+        parser.error(f"--mtp {args.mtp}: allowed: 0 and more")
+    if args.compare and args.mtp:
+        parser.error("--compare needs --mtp 0: prompts are not scored while drafting")
+    if args.compare and not args.compare.is_file():
+        parser.error(f"--compare {args.compare}: no such file")
+    return args
 
 
 def main() -> int:
@@ -306,23 +318,23 @@ def main() -> int:
             "eager": args.eager,
             "start_s": round(start_s, 1),
         }
-        report.update(check_answers(llm, batch, checks))
         if not args.mtp:
             forced = batch[PROMPT_LENGTHS.index(700)]
             (output,) = generate(llm, [forced], 1, prompt_logprobs=1)
             report["teacher_forced"] = teacher_forced(output, forced)
+            if args.compare:
+                report["compared"] = compare(report, json.loads(args.compare.read_text()))
+                print(f"compared with {args.compare.name}: {report['compared']}", flush=True)
+            save(report, args.out)
+        report.update(check_answers(llm, batch, checks))
     if guarded:
         checks.add(
             "no call into FlashMLA, DeepGEMM, TileLang or CuTeDSL",
             not tripwire.calls,
             f"{len(tripwire.calls)} calls {sorted(set(tripwire.calls))[:5]}",
         )
-    if args.compare:
-        report["compared"] = compare(report, json.loads(args.compare.read_text()))
-        print(f"compared with {args.compare.name}: {report['compared']}", flush=True)
     report["checks"] = checks.rows
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, args.out)
     failed = sum(not row["holds"] for row in checks.rows)
     host = report["machine"]
     print(
