@@ -1,4 +1,4 @@
-"""What holds for every part: under ``./test.sh`` the installed wheel is what is tested."""
+"""What holds for every part: the wheel is tested as installed, GPU tests only with a GPU."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         origin = Path(spec.origin).resolve() if spec and spec.origin else None
         if origin is None or not origin.is_relative_to(site):
             pytest.exit(f"{name} comes from {origin}, not from the wheel in {site}", returncode=3)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked ``gpu`` where torch sees no GPU, as in ring 0."""
+    if item.get_closest_marker("gpu") is not None:
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")

@@ -15,7 +15,7 @@ from pathlib import Path
 from stack.errors import StackError
 from tests.rings import environment, running
 from tests.rings.parts import NAMES, PARTS, Part
-from tests.rings.report import Result, clock, closing_line, judged, table
+from tests.rings.report import Result, clock, closing_line, table
 from tests.rings.running import OUTCOMES, Selection
 
 GPU_PARTS = ("kernels", "dispatch", "engine")
@@ -174,22 +174,7 @@ def _ring_1(chosen: Sequence[Part], selection: Selection) -> list[Result]:
         result = running.run_part(part, selection, log=None, gpu=True)
         if result:
             results.append(result)
-    if any(part.name == "engine" for part in chosen) and not selection.keyword:
-        results.append(_engine(selection.python))
     return results
-
-
-def _engine(python: Path) -> Result:
-    """The engine end to end with the portable path forced, as one test."""
-    started = time.monotonic()
-    command = [
-        *(str(python), "tests/engine/run_engine.py"),
-        *("--out", str(OUTCOMES / "engine-portable.json")),
-    ]
-    part = next(part for part in PARTS if part.name == "engine")
-    status = running.call(command, None, running.environment_of(part, gpu=True))
-    seconds = time.monotonic() - started
-    return judged(Result("engine-run", 0 if status else 1, 0, 0, seconds), status)
 
 
 def _gpu(python: Path) -> tuple[str, tuple[int, int]] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stack.git import git
 from stack.pin import ROOT
 from tests.rings import __main__ as rings
 from tests.rings import running
@@ -90,9 +91,8 @@ def test_the_gpu_is_hidden_from_ring_0_alone(monkeypatch):
 
 
 def test_every_folder_with_tests_is_a_part():
-    folders = {
-        path.relative_to(ROOT / "tests").parts[0] for path in ROOT.glob("tests/*/**/test_*.py")
-    }
+    tracked = git("ls-files", "tests", cwd=ROOT).lines
+    folders = {path.split("/")[1] for path in tracked if Path(path).match("test_*.py")}
     pytest_parts = {part.name for part in PARTS if part.kind in ("checks", "wheel")}
     assert folders == pytest_parts
     assert len(set(NAMES)) == len(NAMES)
@@ -178,8 +178,8 @@ def test_a_named_environment_is_used_as_it_is(monkeypatch, capsys):
     assert len(used) == len([part for part in PARTS if part.kind == "wheel"])
 
 
-def test_ring_1_runs_the_gpu_tests_and_the_engine(monkeypatch, capsys):
-    asked, called = [], []
+def test_ring_1_runs_the_gpu_tests_with_the_gpu(monkeypatch, capsys):
+    asked = []
     _answers(monkeypatch, None, gpu=("H200", (9, 0)))
     monkeypatch.setattr(
         rings.running,
@@ -188,12 +188,17 @@ def test_ring_1_runs_the_gpu_tests_and_the_engine(monkeypatch, capsys):
             asked.append((part.name, selection.mark, gpu)) or rings.Result(part.name, 1)
         ),
     )
-    monkeypatch.setattr(rings.running, "call", lambda command, *rest: called.append(command) or 1)
-    assert rings.main(["--ring", "1"]) == 1
-    assert {name for name, mark, gpu in asked if mark == "gpu" and gpu} == set(rings.GPU_PARTS)
-    assert called[0][1] == "tests/engine/run_engine.py"
-    # The engine's exit status 1 is a failure in the counts too.
-    assert capsys.readouterr().out.splitlines()[-1] == "3 passed, 1 failed, 0 skipped"
+    assert rings.main(["--ring", "1"]) == 0
+    assert asked == [(part.name, "gpu", True) for part in PARTS if part.name in rings.GPU_PARTS]
+    out = capsys.readouterr().out
+    assert "H200" in out and out.splitlines()[-1] == "3 passed, 0 failed, 0 skipped"
+
+
+def test_a_gpu_test_is_skipped_where_there_is_no_torch(checkout):
+    (checkout / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    text = "import pytest\ndef test_a(): pass\n@pytest.mark.gpu\ndef test_b(): assert False\n"
+    result = run(checkout, text)
+    assert (result.passed, result.failed, result.skipped) == (1, 0, 1)
 
 
 def test_a_selection_that_matches_nothing_is_a_failure(monkeypatch, capsys):
