@@ -242,6 +242,12 @@ def test_a_message_that_does_not_survive_is_refused(series):
     refused(series, "Cut short")
 
 
+def test_a_message_that_goes_on_after_the_trailers_is_refused(series):
+    text = series.message("Say more") + "\n---\nA note that `git am` would drop.\n"
+    series.commit(text, {"setup.py": b"x = 1\n"})
+    refused(series, "'Say more' does not come back from its patch unchanged")
+
+
 def test_a_head_that_left_the_release_behind_is_refused(series):
     series.git("checkout", "-q", "--orphan", "lost")
     series.git("commit", "-q", "-m", series.message("All anew"))
