@@ -10,8 +10,9 @@ from pathlib import Path
 from stack import download
 from stack.checkout import Checkout
 from stack.git import git
-from stack.importing import apply_series, scratch
+from stack.importing import apply_series
 from stack.pin import Artifact
+from stack.scratch import scratch
 from stack.series import load_series, series_file
 from stack.source import release_commit
 from stack.trial import Outcome, Trial, attempt

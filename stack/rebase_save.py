@@ -11,8 +11,8 @@ from stack.carried import RELEASE_FILE, REPORT, RESOLUTIONS, CarriedCheckout, re
 from stack.checkout import Checkout
 from stack.errors import StackError
 from stack.exporting import export_series
-from stack.importing import scratch
 from stack.resolutions import Resolutions
+from stack.scratch import scratch
 from stack.source import tree_of
 
 

@@ -15,10 +15,10 @@ from stack.checkout import Checkout
 from stack.errors import StackError
 from stack.exporting import export_series
 from stack.git import git
-from stack.importing import scratch
 from stack.pin import Pin, tomllib
 from stack.pinfile import replaced
 from stack.release_index import Release
+from stack.scratch import scratch
 from stack.series import files_in
 from stack.source import tree_of
 
