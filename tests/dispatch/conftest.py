@@ -181,8 +181,9 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[type]:
     patch = pytest.MonkeyPatch()
     import vllm.platforms
 
-    real = vllm.platforms._current_platform
     platform = _fake_platform_class()()
+    # After that import, which may itself have made vLLM decide.
+    real = vllm.platforms._current_platform
     patch.setattr(vllm.platforms, "_current_platform", platform)
     patch.setitem(vllm.platforms.__dict__, "current_platform", platform)
     _rebind(real, platform)
