@@ -20,8 +20,8 @@ from pathlib import Path
 from stack import index, locks, wheel
 from stack.checkout import Checkout
 from stack.errors import StackError
-from stack.importing import scratch
 from stack.pin import ROOT, Pin, tomllib
+from stack.scratch import scratch
 from stack.wheel_assemble import Assembled
 
 FOLDER = ROOT / ".build" / "source"

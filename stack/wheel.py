@@ -13,8 +13,9 @@ from typing import Any
 from stack import download, source, wheel_changes, wheel_kernels, wheel_receipt
 from stack.checkout import Checkout
 from stack.errors import StackError
-from stack.importing import ImportedSeries, import_series, scratch
+from stack.importing import ImportedSeries, import_series
 from stack.pin import ARCHITECTURES, ROOT, Pin
+from stack.scratch import scratch
 from stack.wheel_assemble import Assembled, assemble, disk_error
 
 ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
