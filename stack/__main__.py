@@ -24,7 +24,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run one command and return its exit status.
+
+    0 is done, 1 failed, 2 wrong usage and 130 interrupted; a command may have more.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m stack", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -39,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  -> {error.hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing half-made was kept; run the same command again", file=sys.stderr)
+        print(
+            "\ninterrupted: nothing half-made was kept; run the same command again",
+            file=sys.stderr,
+        )
         return 130
 
 

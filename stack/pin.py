@@ -69,7 +69,9 @@ def _get(table: dict[str, Any], dotted: str, kind: type, path: Path) -> Any:
 
 def _matching(value: str, pattern: str, dotted: str, what: str, path: Path) -> str:
     if not re.fullmatch(pattern, value):
-        raise StackError(f"{path.name}: {dotted} is {value!r}, expected {what}", f"mend it in {path}")
+        raise StackError(
+            f"{path.name}: {dotted} is {value!r}, expected {what}", f"mend it in {path}"
+        )
     return value
 
 
@@ -113,7 +115,11 @@ def load_pin(path: Path = PIN_FILE) -> Pin:
     return Pin(
         project=text("release.project"),
         version=_matching(
-            text("release.version"), r"\d+(\.\d+)+", "release.version", "a release such as 0.22.1", path
+            text("release.version"),
+            r"\d+(\.\d+)+",
+            "release.version",
+            "a release such as 0.22.1",
+            path,
         ),
         commit=_matching(
             text("release.commit"), r"[0-9a-f]{40}", "release.commit", "40 hex digits", path
@@ -127,7 +133,9 @@ def load_pin(path: Path = PIN_FILE) -> Pin:
         build_number=_get(table, "build.number", int, path),
         sdist=_artifact(table, "sdist", path),
         wheels={arch: _artifact(table, f"wheel.{arch}", path) for arch in ARCHITECTURES},
-        base_tree=_matching(text("tree.base"), r"[0-9a-f]{40}|", "tree.base", "40 hex digits", path),
+        base_tree=_matching(
+            text("tree.base"), r"[0-9a-f]{40}|", "tree.base", "40 hex digits", path
+        ),
         patched_tree=_matching(
             text("tree.patched"), r"[0-9a-f]{40}|", "tree.patched", "40 hex digits", path
         ),

@@ -16,6 +16,8 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from flash_config import LOGIT_STD
+
 LOAD_FORMAT = "made"
 
 _E8M0_BIAS = 127
@@ -23,8 +25,6 @@ _E8M0_BIAS = 127
 _FP8_RMS = 16.0
 # Root mean square of an e2m1 value whose four bits are drawn evenly.
 _E2M1_RMS = math.sqrt(sum(v * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)) / 8)
-# Standard deviation of the logits: greedy text that does not hang on rounding.
-_LOGIT_STD = 4.0
 
 
 def _exponent(rms: float, fan_in: int) -> int:
@@ -80,7 +80,7 @@ def make_parameter(name: str, parameter: torch.Tensor) -> None:
     elif "embed_tokens" in name:
         parameter.copy_(normal())
     elif "lm_head" in name or "shared_head" in name:
-        parameter.copy_(normal(_LOGIT_STD / math.sqrt(fan_in)))
+        parameter.copy_(normal(LOGIT_STD / math.sqrt(fan_in)))
     else:
         parameter.copy_(normal(1 / math.sqrt(fan_in)))
 

@@ -30,6 +30,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from flash_config import LOGIT_STD, write_config
+
 HERE = Path(__file__).resolve().parent
 PROMPT_LENGTHS = (1, 5, 127, 130, 700, 3000)
 OUTPUT_TOKENS = 24
@@ -40,10 +42,12 @@ MAX_MODEL_LEN = 8192
 MAX_BATCHED_TOKENS = 2048
 # Alternatives kept for each token of an answer, to judge a fork by.
 ALTERNATIVES = 5
-# Two ways to the same position (another batch, prefill for decode) sum bf16 in another order. With
-# weights drawn at random nothing damps that from layer to layer; the native kernels move
-# log-probabilities by as much (0.21 seen).
-LOGPROB_TOLERANCE = 0.3
+# Two ways to the same position (another batch, prefill for decode) round FP8 activations and sum
+# bf16 in another order, and with weights drawn at random nothing damps that from layer to layer.
+# Upstream's kernels on an H200 part in every answer and differ by up to 0.75 with themselves (see
+# reports/engine); a quarter of the logits' standard deviation is above that and far below what a
+# wrong kernel gives.
+LOGPROB_TOLERANCE = LOGIT_STD / 4
 
 
 def prompts(vocab_size: int) -> list[list[int]]:
@@ -52,8 +56,6 @@ def prompts(vocab_size: int) -> list[list[int]]:
 
 
 def start(args: argparse.Namespace, folder: Path) -> Any:
-    from flash_config import write_config
-
     write_config(folder)
     from vllm import LLM
 
@@ -288,7 +290,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    sys.path.insert(0, str(HERE))
     # One process: the tripwires must be where the model runs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -30,8 +30,12 @@ if TYPE_CHECKING:
 # What the fused norm, RoPE and cache-insert kernel can pad the query to.
 PADDED_HEADS = (8, 16, 32, 64, 128)
 
-# The metadata builders pad the width of their index tensors to multiples of this.
+# Upstream pads the width of its index tensors to multiples of this.
 _INDEX_ALIGNMENT = 128
+
+
+def _padded_width(keys: int) -> int:
+    return -(-keys // _INDEX_ALIGNMENT) * _INDEX_ALIGNMENT
 
 
 def _most_compressed_keys(layer: DeepseekV4MLAAttention) -> int:
@@ -40,12 +44,11 @@ def _most_compressed_keys(layer: DeepseekV4MLAAttention) -> int:
         return 0
     if layer.compress_ratio == 4:
         return layer.topk_indices_buffer.shape[-1]
-    entries = -(-layer.max_model_len // layer.compress_ratio)
-    return -(-entries // _INDEX_ALIGNMENT) * _INDEX_ALIGNMENT
+    return _padded_width(-(-layer.max_model_len // layer.compress_ratio))
 
 
 def _attention_scratch_bytes(layer: DeepseekV4MLAAttention, q: torch.Tensor) -> int:
-    keys = layer.window_size + _most_compressed_keys(layer)
+    keys = _padded_width(layer.window_size + _most_compressed_keys(layer))
     return max(
         sparse_mla.decode_scratch_bytes(*q.shape[:2], keys),
         sparse_mla.prefill_scratch_bytes(*q.shape[:2], keys),

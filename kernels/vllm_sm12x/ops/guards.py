@@ -15,12 +15,14 @@ Dimension = int | str | None
 
 
 def check_tensor(name: str, value: object) -> torch.Tensor:
+    """``value`` must be a tensor; it is returned."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     return value
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """The dtype must be one of ``allowed``."""
     if tensor.dtype not in allowed:
         wanted = " or ".join(str(dtype) for dtype in allowed)
         raise ValueError(f"{name}: dtype {tensor.dtype}, allowed: {wanted}")
@@ -67,11 +69,13 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
 
 
 def check_stride(name: str, tensor: torch.Tensor, dim: int, expected: int) -> None:
+    """The stride of a dimension must be ``expected``, unless its size makes strides meaningless."""
     if tensor.size(dim) > 1 and tensor.stride(dim) != expected:
         raise ValueError(f"{name}: stride({dim}) is {tensor.stride(dim)}, allowed: {expected}")
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """The tensor must be contiguous."""
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: strides {tensor.stride()}, allowed: contiguous")
 
