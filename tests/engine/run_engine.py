@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -259,6 +260,13 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
+def command(args: argparse.Namespace) -> str:
+    """The command that was run, with the names of files and not their folders."""
+    files = {str(path): path.name for path in (args.out, args.compare) if path}
+    words = [files.get(word, word) for word in sys.argv[1:]]
+    return shlex.join(["python", "tests/engine/run_engine.py", *words])
+
+
 def save(report: dict[str, Any], path: Path | None) -> None:
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n")
@@ -312,7 +320,7 @@ def main() -> int:
         report: dict[str, Any] = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": args.commit or commit(),
-            "command": " ".join(["python", "tests/engine/run_engine.py", *sys.argv[1:]]),
+            "command": command(args),
             "machine": machine(),
             "SM12X_PORTABLE": os.environ["SM12X_PORTABLE"],
             "mtp": args.mtp,

@@ -98,7 +98,7 @@ def test_text_ends_with_one_newline_and_no_line_with_spaces():
     wrong = []
     for name, text in texts().items():
         # Patches and git's own records hold upstream's lines as they are.
-        if not name.startswith(("patches/", "stack/resolutions")) and text:
+        if not name.startswith(("patches/", "carried/")) and text:
             if not text.endswith("\n") or text.endswith("\n\n") or "\r" in text:
                 wrong.append(f"{name}: its end")
             wrong += [
