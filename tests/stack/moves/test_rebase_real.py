@@ -1,4 +1,4 @@
-"""The real rebase: the series carried to a later release again, without hands, held to every law."""
+"""The real rebase: the series carried to a later release again, without hands, all laws held."""
 
 from __future__ import annotations
 
