@@ -1,0 +1,40 @@
+"""What Triton's interpreter (``TRITON_INTERPRET=1``) does wrong, worked around in one place.
+
+Two things of Triton 3.6.0. ``tl.dot`` of bfloat16 operands gives garbage. A conversion from float32
+to bfloat16 cuts the low bits off, where the compiled one rounds to nearest even. Kernels call
+:func:`dot` and :func:`to_bfloat16` instead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``a @ b + acc`` with a float32 accumulator; operands of two or three dimensions.
+
+    Compiled, it is ``tl.dot`` and nothing else. In the interpreter the operands are widened to
+    float32 first, which is exact: their rounding to the narrower type has already happened.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def to_bfloat16(x):
+    """float32 ``x`` rounded to bfloat16, to nearest even.
+
+    Compiled, it is ``x.to(tl.bfloat16)`` and nothing else.
+    """
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        # Rounding may not turn NaN into something else.
+        x = tl.where(x == x, rounded, bits | 0x0040_0000).to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
