@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.mla import flashmla_sparse, sparse_swa
 
 from vllm_sm12x import dispatch
 from vllm_sm12x.adapters import sparse_mla as adapter
+from vllm_sm12x.ops import mqa_logits, paged_mqa_logits
 
 HEADS, DIM, NOPE, ROPE = 4, 512, 448, 64
 WINDOW, TOPK = 32, 16
@@ -461,6 +462,10 @@ def test_the_profiling_run_takes_what_a_step_takes(kind, native, workspace, monk
     layer = Batch(RATIOS[kind], DECODES[:1], []).layer
     layer.window_size = 128
     layer.topk_indices_buffer = torch.zeros(MAX_TOKENS, 512, dtype=torch.int32)
+    # A C4A layer alone has an indexer, which runs beside the attention and needs room of its own.
+    layer.indexer = SimpleNamespace(n_head=64, max_model_len=MAX_MODEL_LEN // 4)
+    if kind != "C4A":
+        layer.indexer = None
     use_context(monkeypatch, None)
     allocated = []
     real = torch.empty
@@ -484,4 +489,10 @@ def test_the_profiling_run_takes_what_a_step_takes(kind, native, workspace, monk
         adapter.sparse_mla.decode_scratch_bytes(MAX_TOKENS, HEADS, keys),
         adapter.sparse_mla.prefill_scratch_bytes(MAX_TOKENS, HEADS, keys),
     )
+    if kind == "C4A":
+        pages = -(-(MAX_MODEL_LEN // 4) // 64)
+        needed += max(
+            mqa_logits.scratch_bytes(MAX_TOKENS, 64, MAX_MODEL_LEN // 4),
+            paged_mqa_logits.scratch_bytes(MAX_TOKENS, 1, 64, pages, MAX_MODEL_LEN // 4),
+        )
     assert max(allocated) >= needed > 0
