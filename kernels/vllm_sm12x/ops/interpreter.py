@@ -1,8 +1,8 @@
 """What Triton's interpreter (``TRITON_INTERPRET=1``) does wrong, worked around in one place.
 
 Two things of Triton 3.6.0. ``tl.dot`` of bfloat16 operands gives garbage. A conversion from float32
-to bfloat16 cuts the low bits off, where the compiled one rounds to nearest even. Kernels call
-:func:`dot` and :func:`to_bfloat16` instead.
+to bfloat16 cuts the low bits off, where the compiled one rounds to nearest even, and makes other
+numbers of subnormal ones. Kernels call :func:`dot` and :func:`to_bfloat16` instead.
 """
 
 from __future__ import annotations
@@ -36,5 +36,7 @@ def to_bfloat16(x):
         bits = x.to(tl.int32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         # Rounding may not turn NaN into something else.
-        x = tl.where(x == x, rounded, bits | 0x0040_0000).to(tl.float32, bitcast=True)
-    return x.to(tl.bfloat16)
+        bits = tl.where(x == x, rounded, bits | 0x0040_0000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
