@@ -19,6 +19,8 @@ both may run under CUDA-graph capture.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from vllm_sm12x.ops import guards
@@ -31,6 +33,9 @@ __all__ = [
     "sparse_mla_decode",
     "sparse_mla_prefill",
 ]
+
+# "reference": plain PyTorch. "triton": our kernels, for a GPU (or Triton's interpreter).
+Implementation = Literal["reference", "triton"]
 
 
 def sparse_mla_decode(
@@ -107,6 +112,8 @@ def sparse_mla_prefill(
     softmax_scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
+    *,
+    implementation: Implementation = "reference",
 ) -> None:
     """Attend to keys that were gathered and dequantised before.
 
@@ -120,10 +127,13 @@ def sparse_mla_prefill(
         softmax_scale: Factor of the scores.
         out: bfloat16 ``[T, H, 512]``, written in place.
         lse: As in :func:`sparse_mla_decode`.
+        implementation: ``"triton"`` takes the heads that its table lists for the GPU.
 
     Raises:
-        ValueError: An argument has a wrong dtype, shape, stride or device.
+        ValueError: An argument has a wrong dtype, shape, stride or device, or ``implementation`` is
+            unknown or has no kernel for the number of heads.
     """
+    _check_implementation(implementation)
     bound = _check_queries(q, attn_sink, out, lse)
     guards.check_tensor("kv", kv)
     guards.check_dtype("kv", kv, torch.bfloat16)
@@ -133,7 +143,12 @@ def sparse_mla_prefill(
     guards.check_same_device(
         q=q, kv=kv, indices=indices, lens=lens, attn_sink=attn_sink, out=out, lse=lse
     )
-    reference.sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out, lse)
+    if implementation == "reference":
+        reference.sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out, lse)
+        return
+    from vllm_sm12x.ops.sparse_mla import prefill_kernel  # here, so that the rest needs no Triton
+
+    prefill_kernel.sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out, lse)
 
 
 def decode_scratch_bytes(tokens: int, heads: int, keys: int) -> int:
@@ -147,15 +162,30 @@ def decode_scratch_bytes(tokens: int, heads: int, keys: int) -> int:
     return reference.decode_scratch_bytes(tokens, heads, keys)
 
 
-def prefill_scratch_bytes(tokens: int, heads: int, keys: int) -> int:
+def prefill_scratch_bytes(
+    tokens: int, heads: int, keys: int, *, implementation: Implementation = "reference"
+) -> int:
     """Most memory that :func:`sparse_mla_prefill` allocates at a time, in bytes.
 
     Args:
         tokens: ``T``.
         heads: ``H``.
         keys: ``K``, the width of the index tensor.
+        implementation: As in :func:`sparse_mla_prefill`.
+
+    Raises:
+        ValueError: ``implementation`` is unknown.
     """
+    _check_implementation(implementation)
+    if implementation == "triton":
+        return 0
     return reference.prefill_scratch_bytes(tokens, heads, keys)
+
+
+def _check_implementation(implementation: str) -> None:
+    if implementation not in get_args(Implementation):
+        allowed = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation: {implementation!r}, allowed: {allowed}")
 
 
 def _check_queries(
