@@ -28,6 +28,7 @@ from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_cache
 from vllm_sm12x.ops.sparse_mla import reference
 
 __all__ = [
+    "decode_kernel_scratch_bytes",
     "decode_scratch_bytes",
     "prefill_scratch_bytes",
     "sparse_mla_decode",
@@ -50,6 +51,7 @@ def sparse_mla_decode(
     extra_indices: torch.Tensor | None = None,
     extra_lens: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    implementation: Implementation = "reference",
 ) -> None:
     """Attend to keys in one or two paged ``fp8_ds_mla`` caches, with one softmax over both.
 
@@ -69,11 +71,16 @@ def sparse_mla_decode(
         extra_lens: int32 ``[T]``, as ``swa_lens``.
         lse: float32 ``[T, H]``, written in place where given: the natural logarithm of
             ``sum_i exp(s_i)`` over both caches, without the sink; ``-inf`` for a token with no key.
+        implementation: ``"reference"``, or ``"triton"``: kernels that multiply in bfloat16 with
+            float32 sums, for the shapes of ``config_decode`` and block sizes that are powers of
+            two.
 
     Raises:
         ValueError: An argument has a wrong dtype, shape, stride or device, or some but not all
-            ``extra`` arguments are given.
+            ``extra`` arguments are given, or ``implementation`` is unknown or has no kernel for
+            the shape.
     """
+    _check_implementation(implementation)
     bound = _check_queries(q, attn_sink, out, lse)
     check_cache("swa_cache", swa_cache)
     _check_indices("swa_indices", swa_indices, "swa_lens", swa_lens, bound)
@@ -100,7 +107,12 @@ def sparse_mla_decode(
         lse=lse,
         **extra,
     )
-    reference.sparse_mla_decode(q, sets, attn_sink, softmax_scale, out, lse)
+    if implementation == "reference":
+        reference.sparse_mla_decode(q, sets, attn_sink, softmax_scale, out, lse)
+        return
+    from vllm_sm12x.ops.sparse_mla import decode_kernel  # here, so that the rest needs no Triton
+
+    decode_kernel.sparse_mla_decode(q, sets, attn_sink, softmax_scale, out, lse)
 
 
 def sparse_mla_prefill(
@@ -160,6 +172,23 @@ def decode_scratch_bytes(tokens: int, heads: int, keys: int) -> int:
         keys: ``W + E``, the widths of both index tensors together.
     """
     return reference.decode_scratch_bytes(tokens, heads, keys)
+
+
+def decode_kernel_scratch_bytes(tokens: int, heads: int, keys: int, target: str) -> int:
+    """As :func:`decode_scratch_bytes`, for ``implementation="triton"`` and up to ``tokens`` tokens.
+
+    Args:
+        tokens: The most tokens of a call. Fewer can need more memory, so all counts are covered.
+        heads: ``H``.
+        keys: ``W + E``, the widths of both index tensors together.
+        target: ``"sm_120"``, ``"sm_121"`` or ``"sm_90"`` (``vllm_sm12x.lowering.target_key``).
+
+    Raises:
+        ValueError: There is no kernel for the shape or the target.
+    """
+    from vllm_sm12x.ops.sparse_mla import decode_kernel
+
+    return decode_kernel.scratch_bytes(tokens, heads, keys, target)
 
 
 def prefill_scratch_bytes(

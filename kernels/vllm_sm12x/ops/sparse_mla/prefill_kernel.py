@@ -1,0 +1,200 @@
+"""Sparse MLA prefill in Triton: one block of threads works on one token and some of its heads.
+
+The token's keys are gathered by index in tiles of ``BLOCK_N`` rows. A key is its own value, so that
+a tile ``[BLOCK_N, 512]`` is read once from global memory and serves both products from shared
+memory. Scores and sums are float32, the softmax runs online in powers of two, and the weights are
+rounded to bfloat16 for the second product. The loop ends with the token's own length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sm12x import lowering
+from vllm_sm12x.ops.fp8_ds_mla.layout import HEAD_DIM
+from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
+from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig, prefill_config
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+
+# These change from call to call, or are 1 in one call and not in the next: a kernel for each of
+# their kinds would be compiled while serving.
+_VARIABLE = ["rows", "width", "lens_stride", "sink_stride", "lse_token_stride", "lse_head_stride"]
+
+
+@triton.jit(do_not_specialize=_VARIABLE)
+def prefill_kernel(
+    q_ptr,  # bfloat16 [T, H, 512]
+    kv_ptr,  # bfloat16 [rows, 512]
+    indices_ptr,  # int32 [T, width]
+    lens_ptr,  # int32 [T]
+    sink_ptr,  # float32 [H or more]
+    out_ptr,  # bfloat16 [T, H, 512]
+    lse_ptr,  # float32 [T, H] or None
+    softmax_scale,  # float32
+    rows,
+    width,
+    q_token_stride,
+    q_head_stride,
+    kv_stride,
+    indices_stride,
+    lens_stride,
+    sink_stride,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    lse_head_stride,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    # Blocks of one token are neighbours: they read the same keys at about the same time.
+    head_blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    token = (tl.program_id(0) // head_blocks).to(tl.int64)
+    head = (tl.program_id(0) % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_heads = head < HEADS
+    # No address outside a tensor is formed, not even by lanes that a mask switches off.
+    head = tl.where(in_heads, head, 0)
+    column = tl.arange(0, HEAD_DIM)
+    entry = tl.arange(0, BLOCK_N)
+    count = tl.minimum(tl.load(lens_ptr + token * lens_stride), width)
+
+    q_ptr += token * q_token_stride
+    if KEYS_FIRST:
+        q = tl.load(
+            q_ptr + head[None, :] * q_head_stride + column[:, None],
+            mask=in_heads[None, :],
+            other=0.0,
+        )
+    else:
+        q = tl.load(
+            q_ptr + head[:, None] * q_head_stride + column[None, :],
+            mask=in_heads[:, None],
+            other=0.0,
+        )
+    scale = softmax_scale * LOG2_E
+
+    acc = tl.zeros([BLOCK_H, HEAD_DIM], tl.float32)
+    largest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+
+    # The indices of a tile are read one tile ahead, into registers: the copy of its keys can then
+    # start without waiting for them, and no shared memory is spent on them.
+    indices_ptr += token * indices_stride
+    next_row = tl.load(indices_ptr + tl.where(entry < count, entry, 0), entry < count, other=-1)
+    for start in range(0, count, BLOCK_N):
+        named = (next_row >= 0) & (next_row < rows)
+        row = tl.where(named, next_row, 0).to(tl.int64)
+        # Zeros, not rows that nobody named: they may hold NaN, and 0 * NaN is NaN.
+        keys = tl.load(
+            kv_ptr + row[:, None] * kv_stride + column[None, :], mask=named[:, None], other=0.0
+        )
+        position = start + BLOCK_N + entry
+        inside = position < count
+        next_row = tl.load(indices_ptr + tl.where(inside, position, 0), mask=inside, other=-1)
+
+        if KEYS_FIRST:
+            scores = dot(keys, q, tl.zeros([BLOCK_N, BLOCK_H], tl.float32)) * scale
+            scores = tl.where(named[:, None], scores, float("-inf"))
+            now_largest = tl.maximum(largest, tl.max(scores, 0))
+        else:
+            scores = dot(q, tl.trans(keys), tl.zeros([BLOCK_H, BLOCK_N], tl.float32)) * scale
+            scores = tl.where(named[None, :], scores, float("-inf"))
+            now_largest = tl.maximum(largest, tl.max(scores, 1))
+        # No key yet: exp2(-inf - 0) is 0, where exp2(-inf - -inf) would be NaN.
+        shift = tl.where(now_largest == float("-inf"), 0.0, now_largest)
+        shrink = tl.exp2(largest - shift)
+        if KEYS_FIRST:
+            weights = tl.exp2(scores - shift[None, :])
+            total = total * shrink + tl.sum(weights, 0)
+            weights = tl.trans(to_bfloat16(weights))
+        else:
+            weights = tl.exp2(scores - shift[:, None])
+            total = total * shrink + tl.sum(weights, 1)
+            weights = to_bfloat16(weights)
+        acc = dot(weights, keys, acc * shrink[:, None])
+        largest = now_largest
+
+    # The sink joins the denominator alone. Against a very large one the share is 1 / inf = 0.
+    sink = tl.load(sink_ptr + head * sink_stride) * LOG2_E
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    # Not by `largest`: it passes over NaN, and NaN in a key that is named must show.
+    share = tl.where(total == 0.0, 0.0, 1.0 / (total + tl.exp2(sink - shift)))
+    out = to_bfloat16(acc * share[:, None])
+    out_ptr += token * out_token_stride
+    tl.store(
+        out_ptr + head[:, None] * out_head_stride + column[None, :], out, mask=in_heads[:, None]
+    )
+    if lse_ptr is not None:
+        lse_ptr += token * lse_token_stride
+        lse = (largest + tl.log2(total)) * LN_2
+        tl.store(lse_ptr + head * lse_head_stride, lse, mask=in_heads)
+
+
+def sparse_mla_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    lens: torch.Tensor,
+    attn_sink: torch.Tensor,
+    softmax_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    config: PrefillConfig | None = None,
+) -> None:
+    """As :func:`vllm_sm12x.ops.sparse_mla.sparse_mla_prefill`, whose checks came before.
+
+    Allocates nothing and does not synchronise with the host.
+
+    Args:
+        config: By default the table's, for the GPU of ``q`` and its heads.
+
+    Raises:
+        ValueError: The table has no entry for the number of heads, or the tensors are on no GPU.
+    """
+    tokens, heads, _ = q.shape
+    if not q.is_cuda and not INTERPRETED.value:
+        raise ValueError(f"q: device {q.device}, allowed in the Triton prefill kernel: cuda")
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    if config is None:
+        config = prefill_config(lowering.target_key(capability), heads)
+    if tokens == 0:
+        return
+    grid = (tokens * triton.cdiv(heads, config.block_h),)
+    prefill_kernel[grid](
+        q,
+        kv,
+        indices,
+        lens,
+        attn_sink,
+        out,
+        lse,
+        softmax_scale,
+        kv.shape[0],
+        indices.shape[1],
+        q.stride(0),
+        q.stride(1),
+        kv.stride(0),
+        indices.stride(0),
+        lens.stride(0),
+        attn_sink.stride(0),
+        out.stride(0),
+        out.stride(1),
+        0 if lse is None else lse.stride(0),
+        0 if lse is None else lse.stride(1),
+        HEADS=heads,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_H=config.block_h,
+        BLOCK_N=config.block_n,
+        KEYS_FIRST=config.keys_first,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **lowering.launch_options(capability),
+    )
