@@ -310,7 +310,8 @@ def test_what_is_no_cubin_is_refused():
         (128, 4, 0, 4, "registers"),
         # 129 x 32 = 4,128, in units of 256 4,352: 3 warps in a part, 12 in all.
         (129, 4, 0, 3, "registers"),
-        # The same 12 warps, by 8.
+        # The same 12 warps, by 3 (undivided, the registers would be enough for 15) and by 8.
+        (129, 3, 0, 4, "registers"),
         (129, 8, 0, 1, "registers"),
         # 40 x 32 = 1,280: 12 warps in a part, 48 in all. 41: 1,536, 10 and 40.
         (40, 4, 0, 12, "registers"),
@@ -327,6 +328,9 @@ def test_what_is_no_cubin_is_refused():
         # 50,176 + 1,024 is half of 102,400; one byte more is one unit of 128 more.
         (32, 4, 50_176, 2, "shared memory"),
         (32, 4, 50_177, 1, "shared memory"),
+        # A third of 102,400 is 266 units and a bit; 33,024 + 1,024 are 266 units.
+        (32, 4, 33_024, 3, "shared memory"),
+        (32, 4, 33_025, 2, "shared memory"),
         (32, 4, 101_376, 1, "shared memory"),
         (32, 4, 101_377, 0, "shared memory"),
     ],
@@ -466,6 +470,40 @@ def test_wrong_compile_cases_are_refused(package, cases, message):
     name = package(filling={"kernel": KERNEL, "compile_cases": cases})
     with pytest.raises(ValueError, match=rf"^{name}\.filling\.compile_cases: {message}"):
         discover.cases(name)
+
+
+ROWS = """
+    from types import SimpleNamespace
+    from vllm_sm12x.proof.case import CompileCase
+    from .kernel import fill
+
+    ROW = SimpleNamespace(size=64, num_warps=4, maxnreg=None, other=7)
+    TABLES = ({"sm_120": ROW},)
+
+    def cases():
+        return [CompileCase("fill", fill, {"out": "*fp32"}, {"SIZE": 64}, 4, 1, configuration=ROW)]
+    """
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("size=64, num_warps=4, maxnreg=None", None),
+        ("size=32, num_warps=4, maxnreg=None", "size 64, allowed: 32"),
+        ("size=64, num_warps=8, maxnreg=None", "num_warps 4, allowed: 8"),
+        ("size=64, num_warps=4, maxnreg=128", "maxnreg None, allowed: 128"),
+        ("size=64, num_stages=2", "num_stages 1, allowed: 2"),
+    ],
+)
+def test_a_case_must_agree_with_its_configuration(package, row, message):
+    cases = ROWS.replace("size=64, num_warps=4, maxnreg=None", row)
+    name = package(filling={"kernel": KERNEL, "compile_cases": cases})
+    if message is None:
+        assert len(discover.cases(name)["filling"]) == 1 and discover.gaps(name) == []
+    else:
+        expected = f"'fill' has {message}, as in its configuration"
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            discover.cases(name)
 
 
 # The command

@@ -5,7 +5,9 @@ An operation with Triton kernels has ``ops/NAME/compile_cases.py``, which gives
 * ``cases() -> list[CompileCase]``: one or more for every row of its static tables;
 * ``TABLES``: a tuple of those tables. A table is a mapping, of mappings where it has several keys
   (target, then shape); what is no mapping is a row. A case carries its row as ``configuration``, so
-  that a row without a case is found. Rows under ``"sm_90"`` need none: they are for comparison.
+  that a row without a case is found. Where the row has a field named like a constexpr (``block_h``
+  for ``BLOCK_H``) or ``num_warps``, ``num_stages`` or ``maxnreg``, the case must have its value.
+  Rows under ``"sm_90"`` need no case: they are for comparison.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def cases(package: str = OPERATIONS) -> dict[str, list[CompileCase]]:
     """The cases by operation; those without ``compile_cases.py`` are left out.
 
     Raises:
-        ValueError: A ``compile_cases.py`` gives no cases, something that is none, or two of one
-            label.
+        ValueError: A ``compile_cases.py`` gives no cases, something that is none, two of one label,
+            or a case that differs from its configuration.
     """
     found = {}
     for name in operations(package):
@@ -62,6 +62,21 @@ def _check(module_name: str, given: list[CompileCase]) -> None:
         if case.label in labels:
             raise ValueError(f"{module_name}: two cases are labelled {case.label!r}, allowed: one")
         labels.add(case.label)
+        for name, (compiled, chosen) in _differences(case).items():
+            raise ValueError(
+                f"{module_name}: {case.label!r} has {name} {compiled}, allowed: {chosen}, as in its"
+                " configuration"
+            )
+
+
+def _differences(case: CompileCase) -> dict[str, tuple[object, object]]:
+    """Where a case and its configuration give one thing, in either case of letters, two values."""
+    values = {name.lower(): value for name, value in case.constexprs.items()}
+    values |= {name: getattr(case, name) for name in ("num_warps", "num_stages", "maxnreg")}
+    pairs = {
+        name: (value, getattr(case.configuration, name, value)) for name, value in values.items()
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def gaps(package: str = OPERATIONS) -> list[str]:

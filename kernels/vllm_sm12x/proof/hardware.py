@@ -55,11 +55,9 @@ def occupancy(registers: int, num_warps: int, shared_bytes: int) -> Occupancy:
             raise ValueError(f"{name}: {value}, allowed: from {least} on")
     registers_per_warp = _round_up(registers * _THREADS_PER_WARP, _REGISTER_UNIT)
     warps_per_part = REGISTERS // _PARTS // registers_per_warp
-    # A block's warps are dealt to the parts in turn, so one part has to take the larger share.
-    fits = -(-num_warps // _PARTS) <= warps_per_part
     shared = _round_up(shared_bytes + _SHARED_MEMORY_RESERVED, _SHARED_MEMORY_UNIT)
     limits = {
-        "registers": _PARTS * warps_per_part // num_warps if fits else 0,
+        "registers": _PARTS * warps_per_part // num_warps,
         "shared memory": SHARED_MEMORY // shared if shared_bytes <= SHARED_MEMORY_LIMIT else 0,
         "warps": WARPS // num_warps,
         "blocks": BLOCKS,
