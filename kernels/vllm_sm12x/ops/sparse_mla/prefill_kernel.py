@@ -29,14 +29,14 @@ _VARIABLE = ["rows", "width", "lens_stride", "sink_stride", "lse_token_stride", 
 
 @triton.jit(do_not_specialize=_VARIABLE)
 def prefill_kernel(
-    q_ptr,  # bfloat16 [T, H, 512]
-    kv_ptr,  # bfloat16 [rows, 512]
-    indices_ptr,  # int32 [T, width]
-    lens_ptr,  # int32 [T]
-    sink_ptr,  # float32 [H or more]
-    out_ptr,  # bfloat16 [T, H, 512]
-    lse_ptr,  # float32 [T, H] or None
-    softmax_scale,  # float32
+    q_ptr,
+    kv_ptr,
+    indices_ptr,
+    lens_ptr,
+    sink_ptr,
+    out_ptr,
+    lse_ptr,
+    softmax_scale,
     rows,
     width,
     q_token_stride,
@@ -55,6 +55,20 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
 ):
+    """Result (and logarithm of the sum) of one token and ``BLOCK_H`` heads of ``HEADS``.
+
+    ``T * cdiv(HEADS, BLOCK_H)`` programs. Strides are in elements; columns are neighbours.
+
+    Args:
+        q_ptr: bfloat16 ``[T, HEADS, HEAD_DIM]``, as ``out_ptr``.
+        kv_ptr: bfloat16 ``[rows, HEAD_DIM]``.
+        indices_ptr: int32 ``[T, width]``; below 0 or ``rows`` and more: no key.
+        lens_ptr: int32 ``[T]``, how many indices count.
+        sink_ptr: float32 ``[HEADS]``.
+        lse_ptr: float32 ``[T, HEADS]`` or None.
+        BLOCK_N: Keys a tile.
+        KEYS_FIRST: Scores are ``[BLOCK_N, BLOCK_H]``, otherwise ``[BLOCK_H, BLOCK_N]``.
+    """
     # Blocks of one token are neighbours: they read the same keys at about the same time.
     head_blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     token = (tl.program_id(0) // head_blocks).to(tl.int64)
