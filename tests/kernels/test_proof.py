@@ -314,7 +314,7 @@ def test_what_is_no_cubin_is_refused():
         (129, 3, 0, 4, "registers"),
         (129, 8, 0, 1, "registers"),
         # 40 x 32 = 1,280: 12 warps in a part, 48 in all. 41: 1,536, 10 and 40.
-        (40, 4, 0, 12, "registers"),
+        (40, 4, 0, 12, "registers, warps"),
         (41, 4, 0, 10, "registers"),
         # 1,024 a warp: 64 warps would have registers, 48 is the most.
         (32, 4, 0, 12, "warps"),
@@ -332,6 +332,7 @@ def test_what_is_no_cubin_is_refused():
         (32, 4, 33_024, 3, "shared memory"),
         (32, 4, 33_025, 2, "shared memory"),
         (32, 4, 101_376, 1, "shared memory"),
+        (255, 8, 51_200, 1, "registers, shared memory"),
         (32, 4, 101_377, 0, "shared memory"),
     ],
 )

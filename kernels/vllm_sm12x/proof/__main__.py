@@ -15,7 +15,7 @@ from vllm_sm12x.proof.hardware import WARPS
 
 _EPILOG = """
 regs and stack (bytes) are a thread's, shared (bytes) a block's; blocks and warps are those that run
-on one multiprocessor of SM12x at a time, limit is what ends their number. Exit status: 0 all pass,
+on one multiprocessor of SM12x at a time, limit is what allows no more. Exit status: 0 all pass,
 1 a failure or nothing to compile, 2 wrong usage.
 """
 
@@ -103,7 +103,7 @@ def _table(work: Work, gaps: list[str]) -> int:
     label = width("case", lambda entry: entry[1].label)
     line = (
         f"{{:{operation}}}  {{:{label}}}  {{:8}}  {{:>4}}  {{:>5}}  {{:>7}}  {{:>6}}  {{:>5}}"
-        "  {:13}  {:7}  {}"
+        "  {:24}  {:7}  {}"
     )
     print(f"Triton {triton.__version__}, {lowering.ENV}={lowering.setting()}")
     titles = ("operation", "case", "target", "regs", "stack", "shared", "blocks", "warps")

@@ -119,7 +119,6 @@ def source_of(case: CompileCase) -> ASTSource:
         ValueError: The kernel is an interpreted one.
     """
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import JITFunction
 
     if not isinstance(case.kernel, JITFunction):
@@ -127,7 +126,9 @@ def source_of(case: CompileCase) -> ASTSource:
             f"{case.label}: the kernel is a {type(case.kernel).__name__}, allowed: a triton.jit"
             " function, defined while TRITON_INTERPRET is not set"
         )
-    make = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    make = ASTSource
+    if case.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as make
     names = case.kernel.arg_names
     return make(
         case.kernel,

@@ -23,7 +23,10 @@ _SHARED_MEMORY_RESERVED = 1024
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Blocks and warps of one kernel on a multiprocessor at a time, and what ends it."""
+    """Blocks and warps of one kernel on a multiprocessor at a time, and what allows no more.
+
+    ``limit`` names every limit that is reached: registers, shared memory, warps, blocks.
+    """
 
     blocks: int
     warps: int
@@ -62,8 +65,9 @@ def occupancy(registers: int, num_warps: int, shared_bytes: int) -> Occupancy:
         "warps": WARPS // num_warps,
         "blocks": BLOCKS,
     }
-    limit = min(limits, key=lambda name: limits[name])
-    return Occupancy(limits[limit], limits[limit] * num_warps, limit)
+    blocks = min(limits.values())
+    reached = ", ".join(name for name, most in limits.items() if most == blocks)
+    return Occupancy(blocks, blocks * num_warps, reached)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -7,6 +7,7 @@ both have one encoding.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import struct
@@ -47,6 +48,12 @@ def usage(cubin: bytes, name: str) -> Usage:
 def instructions(cubin: bytes) -> Counter[str]:
     """How often each instruction stands in the code, by its full name (``HMMA.16816.F32.BF16``)."""
     code = b"".join(body for name, body in sections(cubin) if name.startswith(".text."))
+    return Counter(_disassemble(code))
+
+
+# Most of the time is the tool's start, and often both targets have the same code.
+@functools.lru_cache(maxsize=64)
+def _disassemble(code: bytes) -> Counter[str]:
     listing = _run_tool("nvdisasm", "-json", "-ndf", "-b", _ENCODING, content=code)
     _, functions = json.loads(listing)
     return Counter(
