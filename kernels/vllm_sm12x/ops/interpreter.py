@@ -14,6 +14,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def _widen(x):
+    """bfloat16 or narrower to float32, exactly; the interpreter's own way fails on subnormals."""
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc):
     """``a @ b + acc`` with a float32 accumulator; operands of two or three dimensions.
 
@@ -21,7 +31,7 @@ def dot(a, b, acc):
     float32 first, which is exact: their rounding to the narrower type has already happened.
     """
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        return tl.dot(_widen(a), _widen(b), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc)
 
