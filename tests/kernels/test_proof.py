@@ -416,22 +416,24 @@ def test_cases_are_found(package):
     assert discover.gaps(name) == []
 
 
-def test_kernels_without_cases_are_found(package):
-    name = package(
-        filling={"kernel": KERNEL},
-        # A mention in a comment is no call.
-        more={
-            "kernel": KERNEL.replace("fill", "pour").replace("helper(out, SIZE)\n", "pass  # pour"),
-            "compile_cases": CASES.replace("fill", "pour"),
-        },
-    )
+def test_a_kernel_without_cases_is_found(package):
+    # Once, though the package gives it on.
+    exported = "import triton\nfrom .kernel import fill"
+    name = package(filling={"kernel": KERNEL, "__init__": exported}, plain={"reference": ""})
     assert discover.gaps(name) == [
-        "filling: the kernel fill of kernel.py has no case, for there is no compile_cases.py",
+        "filling: the kernel fill of kernel.py has no case, for there is no compile_cases.py"
     ]
 
 
 def test_a_kernel_beside_the_compiled_one_is_found(package):
-    more = KERNEL + "\n    @triton.jit\n    def forgotten(out):\n        # fill\n        pass\n"
+    # A mention in a comment or a string is no call.
+    more = KERNEL.replace("helper(out, SIZE)\n", "helper(out, SIZE)  # as forgotten does\n")
+    more += '''
+    @triton.jit
+    def forgotten(out):
+        """Not fill."""
+        helper(out, 1)
+    '''
     name = package(filling={"kernel": more, "compile_cases": CASES})
     assert discover.gaps(name) == ["filling: the kernel forgotten of kernel.py has no case"]
 
