@@ -189,6 +189,18 @@ def test_rows_far_apart_on_a_gpu(lowered):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 64])
+def test_nan_in_a_key_that_is_named_shows_on_a_gpu(lowered, heads):
+    """Also where no score of the token is a number."""
+    given = arguments(3, heads, 128, device="cuda")
+    given["lens"].copy_(torch.tensor([1, 3, 70]))
+    for t, entry in enumerate((0, 1, 66)):
+        given["indices"][t, entry] = 97
+    sparse_mla.sparse_mla_prefill(**given, implementation="triton")
+    assert given["out"].isnan().all()
+
+
+@pytest.mark.gpu
 def test_nothing_is_allocated_on_a_gpu():
     given = arguments(64, 64, 128, device="cuda")
     recorder = record(sparse_mla.sparse_mla_prefill, **given, implementation="triton")

@@ -152,9 +152,10 @@ def test_the_scale(scale):
 
 @pytest.mark.parametrize("heads", [8, 64])
 def test_nan_in_a_key_that_is_named_shows(heads):
-    case = Prefill([3, 70], 128, heads=heads)
+    case = Prefill([3, 70, 1], 128, heads=heads)
     case.indices[0, 1] = 0  # row 0 is NaN
     case.indices[1, 66] = 0
+    case.indices[2, 0] = 0  # no score is a number
     run(case)
     assert case.out.isnan().all()
 

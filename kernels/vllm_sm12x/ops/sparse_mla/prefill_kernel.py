@@ -139,7 +139,7 @@ def prefill_kernel(
     # The sink joins the denominator alone. Against a very large one the share is 1 / inf = 0.
     sink = tl.load(sink_ptr + head * sink_stride) * LOG2_E
     shift = tl.where(largest == float("-inf"), 0.0, largest)
-    # Not by `largest`: it passes over NaN, and NaN in a key that is named must show.
+    # Without a key the sum is 0; with a sink of -inf that would be 0 * (1 / 0).
     share = tl.where(total == 0.0, 0.0, 1.0 / (total + tl.exp2(sink - shift)))
     out = to_bfloat16(acc * share[:, None])
     out_ptr += token * out_token_stride
