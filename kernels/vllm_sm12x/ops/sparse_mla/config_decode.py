@@ -1,0 +1,119 @@
+"""Launch parameters of the decode kernels: static, by target and shape class, never tuned.
+
+The tilings are those that compile without spills within 101,376 bytes of shared memory (see
+``benchmarks/sparse_mla/decode-compile.md``). They have not been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEADS = (8, 16, 32, 64, 128)
+
+# Upper ends of the classes, both ends inclusive.
+TOKENS = {"few": 16, "many": 4096}
+KEYS = {"window": 128, "short": 1280, "long": 16_384}
+
+# Multiprocessors that one request should fill. sm_120: the RTX PRO 6000 (an RTX 5090 has 170).
+MULTIPROCESSORS = {"sm_120": 188, "sm_121": 48, "sm_90": 132}
+
+MOST_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """Launch parameters of the split kernel.
+
+    Attributes:
+        block_h: Heads a program; 16 or more (a matrix instruction has 16 rows), also for 8 heads.
+        block_n: Keys a tile.
+        num_warps: 8, so that each warp has one of the 8 chunks of 64 columns.
+        num_stages: Of Triton's own pipeline; 1, because the kernel loads ahead itself.
+        programs: Programs a multiprocessor that the number of splits aims at.
+        maxnreg: Bound on the registers a thread; None for no bound.
+    """
+
+    block_h: int
+    block_n: int
+    num_warps: int = 8
+    num_stages: int = 1
+    programs: int = 1
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class CombineRow:
+    """Launch parameters of the combine kernel: most splits, and columns a program."""
+
+    split_slots: int
+    block_d: int
+    num_warps: int
+
+
+_SIXTEEN = Row(block_h=16, block_n=32)
+_THIRTY_TWO = Row(block_h=32, block_n=32)
+
+_ROWS = {
+    (heads, keys, tokens): (
+        # Few tokens: more programs. Many: each key is read and converted for more heads.
+        _THIRTY_TWO if heads >= 32 and tokens == "many" else _SIXTEEN
+    )
+    for heads in HEADS
+    for keys in KEYS
+    for tokens in TOKENS
+}
+
+# Target (as `vllm_sm12x.lowering.target_key` names it) -> (heads, keys, tokens) -> row.
+TABLE: dict[str, dict[tuple[int, str, str], Row]] = {
+    target: dict(_ROWS) for target in MULTIPROCESSORS
+}
+
+# Splits, rounded up to a power of two -> row; the same for every target.
+COMBINE = {slots: CombineRow(slots, block_d=128, num_warps=4) for slots in (2, 4, 8, 16, 32, 64)}
+
+
+def row(tokens: int, heads: int, keys: int, target: str) -> Row:
+    """The split kernel's row for a call.
+
+    Args:
+        tokens: ``T``.
+        heads: ``H``.
+        keys: ``W + E``, the widths of both index tensors together.
+        target: A key of :data:`TABLE`.
+
+    Raises:
+        ValueError: The table has no row for the shape or the target.
+    """
+    if target not in TABLE:
+        raise ValueError(f"target: {target!r}, allowed: {', '.join(TABLE)}")
+    keys_class = _class_of("swa_indices, extra_indices", "keys", keys, KEYS)
+    tokens_class = _class_of("q", "tokens", tokens, TOKENS)
+    try:
+        return TABLE[target][heads, keys_class, tokens_class]
+    except KeyError:
+        allowed = ", ".join(map(str, HEADS))
+        raise ValueError(
+            f"q: {heads} heads, allowed in the Triton decode kernel: {allowed}"
+        ) from None
+
+
+def splits(row: Row, tokens: int, heads: int, keys: int, target: str) -> int:
+    """Programs that share a token's keys: as many as fill the GPU, no more than there are tiles."""
+    programs = tokens * -(-heads // row.block_h)
+    wanted = MULTIPROCESSORS[target] * row.programs // programs
+    return max(1, min(wanted, -(-keys // row.block_n), MOST_SPLITS))
+
+
+def combine_row(splits: int) -> CombineRow:
+    """The combine kernel's row for 2 to :data:`MOST_SPLITS` splits."""
+    return COMBINE[1 << (splits - 1).bit_length()]
+
+
+def _class_of(argument: str, what: str, size: int, classes: dict[str, int]) -> str:
+    for name, most in classes.items():
+        if size <= most:
+            return name
+    raise ValueError(
+        f"{argument}: {size} {what}, allowed in the Triton decode kernel: up to"
+        f" {max(classes.values())}"
+    )
