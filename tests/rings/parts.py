@@ -31,7 +31,7 @@ PARTS = (
     Part("wheel", "checks", "the wheel is whole and repeatable; what must be refused is refused"),
     Part("upstream", "checks", "each touched file has its upstream tests named; the comparison"),
     Part("dispatch", "wheel", "every patched function is inert where it must be"),
-    Part("kernels", "wheel", "every operation equals its definition"),
+    Part("kernels", "wheel", "every operation equals its definition; every kernel fits SM12x"),
     Part("engine", "wheel", "the tools of the engine's run on a GPU"),
     Part("upstream-suite", "suite", "upstream's CPU tests: none worse than with its own wheel"),
 )
