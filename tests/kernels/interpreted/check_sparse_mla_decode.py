@@ -136,15 +136,13 @@ def test_a_key_named_twice_counts_twice(splits):
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("value", [-math.inf, -1e30, -50.0, 0.0, 20.0, 100.0, 1e30])
-def test_sinks(value, splits):
-    case = Decode([5, 0, 1, 40], 48, extra_lens=[3, 0, 0, 5], extra_width=5)
-    case.sink[::2] = value
+def test_sinks(splits):
+    case = Decode([40, 0, 1], 48, extra_lens=[3, 0, 0], extra_width=5)
+    case.sink[:8] = torch.tensor([-math.inf, -1e30, -50.0, 0.0, 20.0, 100.0, 1e30, 3.0])
     check(case, splits=splits)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("magnitude", [0.05, 1.0, 4.0])
+@pytest.mark.parametrize(("magnitude", "splits"), [(0.05, 4), (1.0, 1), (4.0, 1), (4.0, 4)])
 def test_realistic_and_peaked_scores(magnitude, splits):
     """Each head looks for a key: queries near keys give scores far apart, the largest anywhere."""
     case = Decode([100, 128], 128, extra_lens=[70, 50], extra_width=70, magnitude=magnitude)
@@ -231,7 +229,7 @@ def test_strided_arguments(splits):
 
 
 def test_without_lse():
-    case, plain = Decode([5, 40], 48), Decode([5, 40], 48)
+    case, plain = Decode([40], 48), Decode([40], 48)
     for splits in (1, 2):
         run(plain, splits=splits)
         case.lse = None
