@@ -387,9 +387,10 @@ CASES = """
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch, request):
+def package(tmp_path, monkeypatch):
     """Make a package of operations: file name in it -> content; the package's name is returned."""
-    name = "made_" + re.sub(r"\W", "_", request.node.name)
+    # Short and unlike that of another test, which a test's own name with its parameters is not.
+    name = "made_" + re.sub(r"\W", "_", tmp_path.name)
     monkeypatch.syspath_prepend(tmp_path)
 
     def make(**operations):
