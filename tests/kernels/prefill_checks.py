@@ -39,34 +39,39 @@ def named_rows(indices, lens, t, rows):
     return named[(named >= 0) & (named < rows)]
 
 
-def check_tokens(q, kv, indices, lens, sink, scale, out, lse, tokens: Iterable[int]) -> None:
-    """Fail unless the given tokens' rows of ``out`` and ``lse`` are right.
+def check_token(q, keys, sink, scale, out, lse) -> None:
+    """Fail unless one token's ``out`` (``[H, 512]``) and ``lse`` (``[H]`` or None) are right.
 
     The scores' roundings multiply the sum, as in the tests of the reference. The weights are
-    rounded to bfloat16 once, and the keys are bfloat16: one factor of each product is off by half
-    an ulp of bfloat16.
+    rounded to bfloat16 once, and the keys are exact in bfloat16: one factor of each product is off
+    by half an ulp of bfloat16.
     """
+    expected, weighted, expected_lse, terms = attend(q, keys, sink, scale)
+    length = 512 + len(keys) + 16
+    gamma = length * unit_roundoff(torch.float32)
+    assert_close_to_reference(
+        out,
+        expected,
+        dtype=torch.bfloat16,
+        reduction_length=length,
+        scale=weighted * (1 + 2 * terms[:, None] + unit_roundoff(torch.bfloat16) / gamma),
+    )
+    if lse is not None:
+        assert_close_to_reference(
+            lse,
+            expected_lse,
+            dtype=torch.float32,
+            reduction_length=length,
+            scale=1 + terms + expected_lse.abs().nan_to_num(posinf=0.0),
+        )
+    if len(keys) == 0:
+        assert torch.equal(out, torch.zeros_like(out)), "no key: exactly zero"
+
+
+def check_tokens(q, kv, indices, lens, sink, scale, out, lse, tokens: Iterable[int]) -> None:
+    """Fail unless the given tokens' rows of ``out`` and ``lse`` are right."""
     sink = sink[: q.shape[1]]
     for t in tokens:
         named = named_rows(indices, lens, t, len(kv))
         keys = kv[named] if len(named) else kv.new_empty(0, 512)
-        expected, weighted, expected_lse, terms = attend(q[t], keys, sink, scale)
-        length = 512 + len(named) + 16
-        gamma = length * unit_roundoff(torch.float32)
-        assert_close_to_reference(
-            out[t],
-            expected,
-            dtype=torch.bfloat16,
-            reduction_length=length,
-            scale=weighted * (1 + 2 * terms[:, None] + unit_roundoff(torch.bfloat16) / gamma),
-        )
-        if lse is not None:
-            assert_close_to_reference(
-                lse[t],
-                expected_lse,
-                dtype=torch.float32,
-                reduction_length=length,
-                scale=1 + terms + expected_lse.abs().nan_to_num(posinf=0.0),
-            )
-        if len(named) == 0:
-            assert torch.equal(out[t], torch.zeros_like(out[t])), "no key: exactly zero"
+        check_token(q[t], keys, sink, scale, out[t], None if lse is None else lse[t])

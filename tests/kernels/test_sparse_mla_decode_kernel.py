@@ -7,22 +7,17 @@ because Triton must know at its import that it interprets.
 from __future__ import annotations
 
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from capture import copy_of, replay_on_gpu
 from decode_checks import FullDecode, check_tokens
+from interpreted_run import run_interpreted
 
 from vllm_sm12x import lowering
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla import config_decode, decode_kernel
 
-HERE = Path(__file__).resolve().parent
 SCALE = 512**-0.5
 TARGETS = ("sm_120", "sm_121", "sm_90")
 # Width and block size of the compressed cache: none, C4A, C128A at 16K, 128K and 1M tokens.
@@ -30,36 +25,7 @@ EXTRAS = {"window": None, "C4A": (512, 64), "16K": (128, 2), "128K": (1024, 2), 
 
 
 def test_the_kernels_equal_the_definition_in_the_interpreter():
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            # The interpreter warns at every operation.
-            "-p",
-            "no:warnings",
-            "--override-ini=python_files=check_*.py",
-            str(HERE / "interpreted" / "check_sparse_mla_decode.py"),
-        ],
-        cwd=HERE.parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    counted = re.search(r"^(\d+) passed in ", done.stdout, re.MULTILINE)
-    assert counted and int(counted[1]) >= 50, done.stdout[-2000:]
+    run_interpreted("check_sparse_mla_decode.py", at_least=50)
 
 
 def test_every_shape_has_a_row():

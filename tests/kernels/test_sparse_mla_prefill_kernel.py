@@ -6,15 +6,10 @@ process, because Triton must know at its import that it interprets.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from capture import record, replay_on_gpu
+from interpreted_run import run_interpreted
 from prefill_checks import attend, check_tokens, named_rows
 from tolerance import assert_unbiased
 
@@ -22,41 +17,11 @@ from vllm_sm12x import lowering
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla.config_prefill import PREFILL_TABLE, prefill_config
 
-HERE = Path(__file__).resolve().parent
 SCALE = 512**-0.5
 
 
 def test_the_kernel_equals_the_definition_in_the_interpreter():
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            # The interpreter warns at every operation.
-            "-p",
-            "no:warnings",
-            "--override-ini=python_files=check_*.py",
-            str(HERE / "interpreted" / "check_sparse_mla_prefill.py"),
-        ],
-        cwd=HERE.parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    counted = re.search(r"^(\d+) passed in ", done.stdout, re.MULTILINE)
-    assert counted and int(counted[1]) >= 45, done.stdout[-2000:]
+    run_interpreted("check_sparse_mla_prefill.py", at_least=45)
 
 
 def test_every_target_has_every_number_of_heads():
