@@ -1,0 +1,1 @@
+"""Sparse MLA attention: decode, prefill, and FlashMLA beside them."""

@@ -1,0 +1,119 @@
+"""Sparse MLA decode against FlashMLA, from CUDA-graph replays.
+
+FlashMLA has no kernel for fewer than 64 heads: with 32 its queries are padded, as vLLM pads them.
+``relative_error`` is ``|ours - FlashMLA| / |FlashMLA|`` over the whole result.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from benchmarks import harness
+from benchmarks.sparse_mla import flashmla, inputs
+from vllm_sm12x.ops.sparse_mla import config_decode, sparse_mla_decode
+from vllm_sm12x.ops.sparse_mla.decode_kernel import sparse_mla_decode as kernel
+
+# Name -> kind of layer, compressed keys. Contexts are tokens of the request.
+CASES = {
+    "window": ("window", 0),
+    "c4a": ("c4a", 512),
+    "c128a-16k": ("c128a", 128),
+    "c128a-128k": ("c128a", 1024),
+    "c128a-1m": ("c128a", 8192),
+}
+
+INPUT_SETS = 4
+
+
+def tilings() -> list[tuple[config_decode.Row, int]]:
+    """What ``--try`` times: rows, and programs a multiprocessor that the splits aim at."""
+    rows = [
+        config_decode.Row(16, 32),
+        config_decode.Row(16, 16),
+        config_decode.Row(16, 16, maxnreg=128),
+        config_decode.Row(32, 16),
+        config_decode.Row(32, 32),
+    ]
+    return [(row, programs) for row in rows for programs in (1, 2, 4)]
+
+
+def main() -> None:
+    parser = harness.argument_parser(__doc__)
+    parser.add_argument("--heads", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 3, 12, 24, 96])
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--try", dest="tilings", action="store_true", help="time other tilings")
+    arguments = parser.parse_args()
+    report = harness.Report(arguments)
+    native = flashmla.available()
+    multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+    for heads in arguments.heads:
+        for name in arguments.case:
+            kind, compressed = CASES[name]
+            for tokens in arguments.tokens:
+                sets = [
+                    inputs.decode(tokens, heads, kind, compressed, seed)
+                    for seed in range(INPUT_SETS)
+                ]
+                keys = 128 + compressed
+                work = dict(
+                    flops=inputs.decode_flops(tokens, heads, keys),
+                    nbytes=inputs.decode_bytes(tokens, heads, keys),
+                )
+                about = dict(op="sparse_mla_decode", case=name, heads=heads, tokens=tokens)
+                candidates = {}
+                if native:
+                    candidates["flashmla"] = [flashmla.Decode(**each) for each in sets]
+                for lowering in arguments.lowering or harness.LOWERINGS:
+                    ours = {}
+                    if arguments.tilings:
+                        for row, programs in tilings():
+                            splits = config_decode.splits_for(
+                                row, tokens, heads, keys, multiprocessors * programs
+                            )
+                            label = f"{row.block_h}x{row.block_n}/{row.maxnreg}/{splits}"
+                            ours[label] = [
+                                functools.partial(_tiling, each, row, splits) for each in sets
+                            ]
+                    else:
+                        ours["table"] = [
+                            functools.partial(sparse_mla_decode, implementation="triton", **each)
+                            for each in sets
+                        ]
+                    with harness.use_lowering(lowering):
+                        for label, calls in ours.items():
+                            _measure(report, about, lowering, label, calls, candidates, sets, work)
+
+
+def _tiling(arguments: dict, row: config_decode.Row, splits: int) -> None:
+    names = ("swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens")
+    values = [arguments[name] for name in names if name in arguments]
+    sets = [tuple(values[i : i + 3]) for i in range(0, len(values), 3)]
+    q, sink, out = (arguments[name] for name in ("q", "attn_sink", "out"))
+    kernel(q, sets, sink, arguments["softmax_scale"], out, row=row, splits=splits)
+
+
+def _measure(report, about, lowering, label, calls, candidates, sets, work) -> None:
+    figures = dict(about, lowering=lowering, tiling=label)
+    try:
+        sets[0]["out"].fill_(float("nan"))
+        calls[0]()
+        if candidates:
+            expected = candidates["flashmla"][0]().float()
+            error = (sets[0]["out"].float() - expected).norm() / expected.norm()
+            figures["relative_error"] = round(error.item(), 5)
+        timings = harness.compare({"ours": calls, **candidates})
+    except Exception as error:  # a tiling that this GPU cannot run
+        print(f"{figures}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return
+    figures |= harness.rate(timings["ours"], **work)
+    if candidates:
+        figures["flashmla_us"] = round(timings["flashmla"].us, 2)
+        figures["ratio"] = round(timings["ours"].us / timings["flashmla"].us, 3)
+    report.row(**figures)
+
+
+if __name__ == "__main__":
+    main()

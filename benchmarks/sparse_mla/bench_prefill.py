@@ -1,0 +1,104 @@
+"""Sparse MLA prefill against FlashMLA, from CUDA-graph replays.
+
+``relative_rate`` is FlashMLA's time over ours. With 32 heads its queries are padded to 64, as
+vLLM pads them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from benchmarks import harness
+from benchmarks.sparse_mla import flashmla, inputs
+from vllm_sm12x.ops.sparse_mla import sparse_mla_prefill
+from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig
+from vllm_sm12x.ops.sparse_mla.prefill_kernel import sparse_mla_prefill as kernel
+
+ROWS = 32_768
+
+# The shape of the goal first; then more and fewer tokens, and more and fewer keys.
+SHAPES = [(4096, 640), (512, 640), (1024, 640), (2048, 640), (8192, 640)]
+SHAPES += [(4096, 128), (4096, 256), (4096, 1152), (4096, 2176)]
+
+
+def tilings(lowering: str) -> list[PrefillConfig]:
+    """What ``--try`` times."""
+    small = [
+        PrefillConfig(64, 16, True, 8, 3),
+        PrefillConfig(64, 16, True, 8, 2),
+        PrefillConfig(32, 16, True, 4, 2),
+        PrefillConfig(32, 16, True, 4, 3),
+        PrefillConfig(32, 32, False, 4, 3),
+        PrefillConfig(32, 32, True, 8, 3),
+        PrefillConfig(16, 32, False, 4, 2),
+        PrefillConfig(16, 64, False, 8, 2),
+    ]
+    large = [
+        PrefillConfig(64, 64, False, 8, 2),
+        PrefillConfig(64, 32, False, 8, 2),
+        PrefillConfig(64, 32, False, 8, 3),
+        PrefillConfig(64, 64, False, 4, 2),
+        PrefillConfig(64, 16, True, 8, 3),
+    ]
+    return large if lowering == "native" else small
+
+
+def main() -> None:
+    parser = harness.argument_parser(__doc__)
+    parser.add_argument("--heads", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first N shapes")
+    parser.add_argument("--try", dest="tilings", action="store_true", help="time other tilings")
+    arguments = parser.parse_args()
+    report = harness.Report(arguments)
+    native = flashmla.available()
+    for heads in arguments.heads:
+        for tokens, keys in SHAPES[: arguments.shapes]:
+            sets = [inputs.prefill(tokens, heads, keys, ROWS, seed) for seed in range(2)]
+            flops = inputs.prefill_flops(tokens, heads, keys)
+            about = dict(op="sparse_mla_prefill", heads=heads, tokens=tokens, keys=keys)
+            candidates = {}
+            if native:
+                candidates["flashmla"] = [flashmla.Prefill(**each) for each in sets]
+            for lowering in arguments.lowering or harness.LOWERINGS:
+                ours = {}
+                if arguments.tilings:
+                    for config in tilings(lowering):
+                        label = "x".join(
+                            map(str, (config.block_h, config.block_n, config.num_warps))
+                        )
+                        label += f"/{config.num_stages}/{'kh'[not config.keys_first]}"
+                        ours[label] = [
+                            functools.partial(kernel, config=config, **each) for each in sets
+                        ]
+                else:
+                    ours["table"] = [
+                        functools.partial(sparse_mla_prefill, implementation="triton", **each)
+                        for each in sets
+                    ]
+                with harness.use_lowering(lowering):
+                    for label, calls in ours.items():
+                        _measure(report, about, lowering, label, calls, candidates, sets, flops)
+
+
+def _measure(report, about, lowering, label, calls, candidates, sets, flops) -> None:
+    figures = dict(about, lowering=lowering, tiling=label)
+    try:
+        sets[0]["out"].fill_(float("nan"))
+        calls[0]()
+        if candidates:
+            expected = candidates["flashmla"][0]().float()
+            error = (sets[0]["out"].float() - expected).norm() / expected.norm()
+            figures["relative_error"] = round(error.item(), 5)
+        timings = harness.compare({"ours": calls, **candidates})
+    except Exception as error:  # a tiling that this GPU cannot run
+        print(f"{figures}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return
+    figures |= harness.rate(timings["ours"], flops=flops)
+    if candidates:
+        figures["flashmla_us"] = round(timings["flashmla"].us, 2)
+        figures["relative_rate"] = round(timings["flashmla"].us / timings["ours"].us, 3)
+    report.row(**figures)
+
+
+if __name__ == "__main__":
+    main()
