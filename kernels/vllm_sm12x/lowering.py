@@ -84,9 +84,26 @@ def target_key(capability: tuple[int, int] | None = None) -> str:
     return "sm_120"
 
 
+@functools.cache
+def multiprocessors() -> int:
+    """Those of the current GPU; without one, as in the interpreter, those of an RTX PRO 6000."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 188
+    return torch.cuda.get_device_properties().multi_processor_count
+
+
 def clear_cache() -> None:
     """Forget what was decided, for tests that set the variable or fake a Triton."""
-    for cached in (setting, lowering, _triton_version, _interpreted, _current_capability):
+    for cached in (
+        setting,
+        lowering,
+        multiprocessors,
+        _triton_version,
+        _interpreted,
+        _current_capability,
+    ):
         cached.cache_clear()
 
 

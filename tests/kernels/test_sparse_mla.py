@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -460,10 +461,11 @@ def test_capture_safe_and_within_the_stated_scratch(
     monkeypatch, operation, case, arguments, scratch, keys, budget
 ):
     monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
+    operation = functools.partial(operation, implementation="reference")
     first = record(operation, **arguments(case(1)))
     second = record(operation, **arguments(case(2)))
     assert first.calls == second.calls, "the launches depend on what the tensors hold"
-    stated = scratch(6, 8, keys)
+    stated = scratch(6, 8, keys, implementation="reference")
     assert first.peak_bytes <= stated
     assert first.peak_bytes > stated / 2, "the stated scratch is far too much"
 
@@ -479,6 +481,7 @@ def test_capture_safe_and_within_the_stated_scratch(
 )
 def test_a_captured_graph_follows_its_inputs(monkeypatch, operation, make, arguments, budget):
     monkeypatch.setattr(reference, "SCRATCH_BYTES", budget)
+    operation = functools.partial(operation, implementation="reference")
     case = make(2, tokens=40)
     _, after = replay_on_gpu(operation, arguments(make(1, tokens=40)), arguments(case))
     check(after["out"], after["lse"], case.q, case.keys(), case.sink, SCALE)
@@ -489,7 +492,8 @@ def test_a_captured_graph_follows_its_inputs(monkeypatch, operation, make, argum
 @pytest.mark.parametrize("tokens", [1, 512, 4096])
 def test_scratch_stays_in_the_budget_at_real_shapes(tokens, keys, heads):
     for scratch in (sparse_mla.decode_scratch_bytes, sparse_mla.prefill_scratch_bytes):
-        assert 0 < scratch(tokens, heads, keys) <= reference.SCRATCH_BYTES
+        stated = scratch(tokens, heads, keys, implementation="reference")
+        assert 0 < stated <= reference.SCRATCH_BYTES
 
 
 def test_runs_on_a_fake_gpu():
@@ -513,11 +517,14 @@ def test_runs_on_a_fake_gpu():
             small.as_strided((64, 2, 584), (1728, 584, 1)),
             torch.empty(512, 1024, **ints),
             torch.empty(512, **ints),
+            implementation="reference",
         )
         kv = torch.empty(4096, 512, dtype=torch.bfloat16, device=gpu)
         indices = torch.empty(512, 640, **ints)
         lens = torch.empty(512, **ints)
-        sparse_mla.sparse_mla_prefill(q, kv, indices, lens, sink, SCALE, out)
+        sparse_mla.sparse_mla_prefill(
+            q, kv, indices, lens, sink, SCALE, out, implementation="reference"
+        )
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from interpreted_run import run_interpreted
 
 from vllm_sm12x import lowering
 from vllm_sm12x.ops import sparse_mla
-from vllm_sm12x.ops.sparse_mla import config_decode, decode_kernel
+from vllm_sm12x.ops.sparse_mla import config_decode
 
 SCALE = 512**-0.5
 TARGETS = ("sm_120", "sm_121", "sm_90")
+# Multiprocessors of an RTX PRO 6000, an RTX 5090, a GB10 and an H200.
+FILL = [("sm_120", 188), ("sm_120", 170), ("sm_121", 48), ("sm_90", 132)]
 # Width and block size of the compressed cache: none, C4A, C128A at 16K, 128K and 1M tokens.
 EXTRAS = {"window": None, "C4A": (512, 64), "16K": (128, 2), "128K": (1024, 2), "1M": (8192, 2)}
 
@@ -29,7 +31,7 @@ def test_the_kernels_equal_the_definition_in_the_interpreter():
 
 
 def test_every_shape_has_a_row():
-    assert set(config_decode.TABLE) == set(config_decode.MULTIPROCESSORS) == set(TARGETS)
+    assert set(config_decode.TABLE) == set(config_decode.TARGETS) == set(TARGETS)
     for target in TARGETS:
         for heads in (8, 16, 32, 64, 128):
             for keys in (128, 640, 256, 1152, 8320):
@@ -51,19 +53,19 @@ def test_every_shape_has_a_row():
 def test_a_shape_without_a_row_is_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         config_decode.row(*arguments)
+    *shape, target = arguments
     with pytest.raises(ValueError, match=message):
-        sparse_mla.decode_kernel_scratch_bytes(*arguments)
+        sparse_mla.decode_scratch_bytes(*shape, implementation="triton", target=target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "fill"), FILL)
 @pytest.mark.parametrize("keys", [0, 1, 128, 640, 8320])
-def test_the_number_of_splits(target, keys):
+def test_the_number_of_splits(target, fill, keys):
     """One request fills the GPU where it has tiles enough; a full batch is not split."""
-    fill = {"sm_120": 188, "sm_121": 48, "sm_90": 132}[target]
     for heads in (8, 64, 128):
         for tokens in (1, 3, 40, 512):
             row = config_decode.row(tokens, heads, keys, target)
-            splits = config_decode.splits(row, tokens, heads, keys, target)
+            splits = config_decode.splits(row, tokens, heads, keys, fill)
             programs = tokens * -(-heads // row.block_h)
             tiles = -(-keys // row.block_n)
             assert 1 <= splits <= max(1, min(tiles, 64))
@@ -77,20 +79,24 @@ def test_the_number_of_splits(target, keys):
                 assert 512 % combine.block_d == 0
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "fill"), FILL)
 @pytest.mark.parametrize("heads", [8, 64])
-def test_scratch_covers_every_smaller_batch(target, heads):
+def test_scratch_covers_every_smaller_batch(target, fill, heads):
+    def stated(tokens):
+        return sparse_mla.decode_scratch_bytes(
+            tokens, heads, 1152, implementation="triton", target=target, multiprocessors=fill
+        )
+
     largest = 0
     for tokens in (1, 2, 3, 7, 16, 17, 64, 512):
         row = config_decode.row(tokens, heads, 1152, target)
-        splits = config_decode.splits(row, tokens, heads, 1152, target)
+        splits = config_decode.splits(row, tokens, heads, 1152, fill)
         if splits > 1:
             largest = max(largest, tokens * heads * splits * (512 + 2) * 4)
-        assert sparse_mla.decode_kernel_scratch_bytes(tokens, heads, 1152, target) >= largest > 0
+        assert stated(tokens) >= largest > 0
     # It does not grow with the batch: at most one partial result a program that fits, in blocks.
     row = config_decode.row(1, heads, 1152, target)
-    most = config_decode.MULTIPROCESSORS[target] * row.programs * 32 * 514 * 4
-    assert sparse_mla.decode_kernel_scratch_bytes(512, heads, 1152, target) <= most
+    assert stated(512) <= fill * row.programs * 32 * 514 * 4
 
 
 def small_call(**changes) -> dict:
@@ -188,5 +194,5 @@ def test_the_kernel_stays_in_the_stated_scratch():
     before = torch.cuda.memory_allocated()
     sparse_mla.sparse_mla_decode(**given, implementation="triton")
     taken = torch.cuda.max_memory_allocated() - before
-    stated = decode_kernel.scratch_bytes(row_tokens, 64, 1152, lowering.target_key())
+    stated = sparse_mla.decode_scratch_bytes(row_tokens, 64, 1152)
     assert 0 < taken <= stated + 512  # torch rounds an allocation up

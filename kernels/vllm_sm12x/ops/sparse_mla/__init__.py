@@ -19,24 +19,21 @@ both may run under CUDA-graph capture.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
+from vllm_sm12x.implementation import Implementation, choose
+from vllm_sm12x.lowering import multiprocessors as current_multiprocessors
+from vllm_sm12x.lowering import target_key
 from vllm_sm12x.ops import guards
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_cache
 from vllm_sm12x.ops.sparse_mla import reference
 
 __all__ = [
-    "decode_kernel_scratch_bytes",
     "decode_scratch_bytes",
     "prefill_scratch_bytes",
     "sparse_mla_decode",
     "sparse_mla_prefill",
 ]
-
-# "reference": plain PyTorch. "triton": our kernels, for a GPU (or Triton's interpreter).
-Implementation = Literal["reference", "triton"]
 
 
 def sparse_mla_decode(
@@ -51,7 +48,7 @@ def sparse_mla_decode(
     extra_indices: torch.Tensor | None = None,
     extra_lens: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> None:
     """Attend to keys in one or two paged ``fp8_ds_mla`` caches, with one softmax over both.
 
@@ -73,15 +70,15 @@ def sparse_mla_decode(
             ``sum_i exp(s_i)`` over both caches, without the sink; ``-inf`` for a token with no key.
         implementation: ``"reference"``, or ``"triton"``: kernels that multiply in bfloat16 with
             float32 sums, for the shapes of ``config_decode`` and block sizes that are powers of
-            two.
+            two. None: see :mod:`vllm_sm12x.implementation`.
 
     Raises:
         ValueError: An argument has a wrong dtype, shape, stride or device, or some but not all
             ``extra`` arguments are given, or ``implementation`` is unknown or has no kernel for
             the shape.
     """
-    _check_implementation(implementation)
     bound = _check_queries(q, attn_sink, out, lse)
+    form = choose("sparse_mla_decode", implementation, q.is_cuda)
     check_cache("swa_cache", swa_cache)
     _check_indices("swa_indices", swa_indices, "swa_lens", swa_lens, bound)
     extra = {
@@ -107,7 +104,7 @@ def sparse_mla_decode(
         lse=lse,
         **extra,
     )
-    if implementation == "reference":
+    if form == "reference":
         reference.sparse_mla_decode(q, sets, attn_sink, softmax_scale, out, lse)
         return
     from vllm_sm12x.ops.sparse_mla import decode_kernel  # here, so that the rest needs no Triton
@@ -125,7 +122,7 @@ def sparse_mla_prefill(
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
     *,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> None:
     """Attend to keys that were gathered and dequantised before.
 
@@ -139,14 +136,14 @@ def sparse_mla_prefill(
         softmax_scale: Factor of the scores.
         out: bfloat16 ``[T, H, 512]``, written in place.
         lse: As in :func:`sparse_mla_decode`.
-        implementation: ``"triton"`` takes the heads that its table lists for the GPU.
+        implementation: As there; ``"triton"`` takes the heads that its table lists for the GPU.
 
     Raises:
         ValueError: An argument has a wrong dtype, shape, stride or device, or ``implementation`` is
             unknown or has no kernel for the number of heads.
     """
-    _check_implementation(implementation)
     bound = _check_queries(q, attn_sink, out, lse)
+    form = choose("sparse_mla_prefill", implementation, q.is_cuda)
     guards.check_tensor("kv", kv)
     guards.check_dtype("kv", kv, torch.bfloat16)
     guards.check_shape("kv", kv, (None, HEAD_DIM))
@@ -155,7 +152,7 @@ def sparse_mla_prefill(
     guards.check_same_device(
         q=q, kv=kv, indices=indices, lens=lens, attn_sink=attn_sink, out=out, lse=lse
     )
-    if implementation == "reference":
+    if form == "reference":
         reference.sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out, lse)
         return
     from vllm_sm12x.ops.sparse_mla import prefill_kernel  # here, so that the rest needs no Triton
@@ -163,36 +160,45 @@ def sparse_mla_prefill(
     prefill_kernel.sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out, lse)
 
 
-def decode_scratch_bytes(tokens: int, heads: int, keys: int) -> int:
+def decode_scratch_bytes(
+    tokens: int,
+    heads: int,
+    keys: int,
+    *,
+    implementation: Implementation | None = None,
+    target: str | None = None,
+    multiprocessors: int | None = None,
+) -> int:
     """Most memory that :func:`sparse_mla_decode` allocates at a time, in bytes.
 
     Args:
-        tokens: ``T``.
+        tokens: The most tokens of a call. With kernels, fewer can need more memory, so all counts
+            are covered.
         heads: ``H``.
         keys: ``W + E``, the widths of both index tensors together.
-    """
-    return reference.decode_scratch_bytes(tokens, heads, keys)
-
-
-def decode_kernel_scratch_bytes(tokens: int, heads: int, keys: int, target: str) -> int:
-    """As :func:`decode_scratch_bytes`, for ``implementation="triton"`` and up to ``tokens`` tokens.
-
-    Args:
-        tokens: The most tokens of a call. Fewer can need more memory, so all counts are covered.
-        heads: ``H``.
-        keys: ``W + E``, the widths of both index tensors together.
-        target: ``"sm_120"``, ``"sm_121"`` or ``"sm_90"`` (``vllm_sm12x.lowering.target_key``).
+        implementation: As in :func:`sparse_mla_decode`; None: of calls on the current GPU.
+        target: ``"sm_120"``, ``"sm_121"`` or ``"sm_90"``; by default that of the current GPU.
+        multiprocessors: Of the GPU; by default those of the current one.
 
     Raises:
         ValueError: There is no kernel for the shape or the target.
     """
+    form = choose("sparse_mla_decode", implementation, torch.cuda.is_available())
+    if form == "reference":
+        return reference.decode_scratch_bytes(tokens, heads, keys)
     from vllm_sm12x.ops.sparse_mla import decode_kernel
 
-    return decode_kernel.scratch_bytes(tokens, heads, keys, target)
+    return decode_kernel.scratch_bytes(
+        tokens,
+        heads,
+        keys,
+        target_key() if target is None else target,
+        current_multiprocessors() if multiprocessors is None else multiprocessors,
+    )
 
 
 def prefill_scratch_bytes(
-    tokens: int, heads: int, keys: int, *, implementation: Implementation = "reference"
+    tokens: int, heads: int, keys: int, *, implementation: Implementation | None = None
 ) -> int:
     """Most memory that :func:`sparse_mla_prefill` allocates at a time, in bytes.
 
@@ -200,21 +206,15 @@ def prefill_scratch_bytes(
         tokens: ``T``.
         heads: ``H``.
         keys: ``K``, the width of the index tensor.
-        implementation: As in :func:`sparse_mla_prefill`.
+        implementation: As in :func:`decode_scratch_bytes`.
 
     Raises:
         ValueError: ``implementation`` is unknown.
     """
-    _check_implementation(implementation)
-    if implementation == "triton":
+    form = choose("sparse_mla_prefill", implementation, torch.cuda.is_available())
+    if form == "triton":
         return 0
     return reference.prefill_scratch_bytes(tokens, heads, keys)
-
-
-def _check_implementation(implementation: str) -> None:
-    if implementation not in get_args(Implementation):
-        allowed = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation: {implementation!r}, allowed: {allowed}")
 
 
 def _check_queries(

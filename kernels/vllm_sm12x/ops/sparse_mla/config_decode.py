@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TARGETS = ("sm_120", "sm_121", "sm_90")
+
 HEADS = (8, 16, 32, 64, 128)
 
 # Upper ends of the classes, both ends inclusive.
 TOKENS = {"few": 16, "many": 4096}
 KEYS = {"window": 128, "short": 1280, "long": 16_384}
-
-# Multiprocessors that one request should fill. sm_120: the RTX PRO 6000 (an RTX 5090 has 170).
-MULTIPROCESSORS = {"sm_120": 188, "sm_121": 48, "sm_90": 132}
 
 MOST_SPLITS = 64
 
@@ -64,9 +63,7 @@ _ROWS = {
 }
 
 # Target (as `vllm_sm12x.lowering.target_key` names it) -> (heads, keys, tokens) -> row.
-TABLE: dict[str, dict[tuple[int, str, str], Row]] = {
-    target: dict(_ROWS) for target in MULTIPROCESSORS
-}
+TABLE: dict[str, dict[tuple[int, str, str], Row]] = {target: dict(_ROWS) for target in TARGETS}
 
 # Splits, rounded up to a power of two -> row; the same for every target.
 COMBINE = {slots: CombineRow(slots, block_d=128, num_warps=4) for slots in (2, 4, 8, 16, 32, 64)}
@@ -97,10 +94,10 @@ def row(tokens: int, heads: int, keys: int, target: str) -> Row:
         ) from None
 
 
-def splits(row: Row, tokens: int, heads: int, keys: int, target: str) -> int:
+def splits(row: Row, tokens: int, heads: int, keys: int, multiprocessors: int) -> int:
     """Programs that share a token's keys: as many as fill the GPU, no more than there are tiles."""
     programs = tokens * -(-heads // row.block_h)
-    wanted = MULTIPROCESSORS[target] * row.programs // programs
+    wanted = multiprocessors * row.programs // programs
     return max(1, min(wanted, -(-keys // row.block_n), MOST_SPLITS))
 
 

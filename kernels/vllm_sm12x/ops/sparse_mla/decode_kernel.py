@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sm12x.lowering import launch_options, target_key
+from vllm_sm12x.lowering import launch_options, multiprocessors, target_key
 from vllm_sm12x.ops.fp8_ds_mla import reference as fp8_ds_mla
 from vllm_sm12x.ops.fp8_ds_mla.layout import DATA_BYTES, HEAD_DIM, NOPE_DIM, ROPE_DIM
 from vllm_sm12x.ops.interpreter import dot, to_bfloat16
@@ -73,11 +73,10 @@ def sparse_mla_decode(
         return
     shifts = [_shift(name, cache) for name, (cache, _, _) in zip(_CACHES, sets, strict=False)]
     keys = sum(indices.shape[1] for _, indices, _ in sets)
-    target = target_key()
     if row is None:
-        row = config_decode.row(tokens, heads, keys, target)
+        row = config_decode.row(tokens, heads, keys, target_key())
     if splits is None:
-        splits = config_decode.splits(row, tokens, heads, keys, target)
+        splits = config_decode.splits(row, tokens, heads, keys, multiprocessors())
     partial = stats = None
     if splits > 1:
         needed = partial_bytes(tokens, heads, splits)
@@ -140,7 +139,7 @@ def sparse_mla_decode(
     )
 
 
-def scratch_bytes(tokens: int, heads: int, keys: int, target: str) -> int:
+def scratch_bytes(tokens: int, heads: int, keys: int, target: str, multiprocessors: int) -> int:
     """Most memory, in bytes, for partial results of one call with up to ``tokens`` tokens.
 
     Fewer tokens can need more of it: their keys are split over more programs.
@@ -148,7 +147,7 @@ def scratch_bytes(tokens: int, heads: int, keys: int, target: str) -> int:
     most = 0
     for count in range(1, tokens + 1):
         row = config_decode.row(count, heads, keys, target)
-        splits = config_decode.splits(row, count, heads, keys, target)
+        splits = config_decode.splits(row, count, heads, keys, multiprocessors)
         most = max(most, partial_bytes(count, heads, splits))
     return most
 

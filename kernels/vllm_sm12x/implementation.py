@@ -1,0 +1,72 @@
+"""Which form of an operation runs: our kernel, or the plain PyTorch reference that defines it.
+
+On a GPU the kernel runs, on a CPU the reference. The environment variable ``SM12X_REFERENCE`` names
+operations that take the reference on a GPU too, to find out whether a kernel is at fault. Nothing
+falls back by itself: a shape without a kernel is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Literal, get_args
+
+ENV = "SM12X_REFERENCE"
+
+Implementation = Literal["reference", "triton"]
+
+# Operations that have a kernel.
+OPERATIONS = ("sparse_mla_decode", "sparse_mla_prefill")
+
+ALLOWED = f"none (the default), all, or a comma-separated list of {', '.join(OPERATIONS)}"
+
+
+def parse_setting(value: str) -> frozenset[str]:
+    """Operations that ``SM12X_REFERENCE=value`` names; an empty value means none.
+
+    Raises:
+        ValueError: It names something that is not an operation with a kernel.
+    """
+    words = [word.strip() for word in value.split(",")]
+    if words in (["none"], [""]):
+        return frozenset()
+    if words == ["all"]:
+        return frozenset(OPERATIONS)
+    for word in words:
+        if word not in OPERATIONS:
+            raise ValueError(f"{ENV}={value!r}: {word!r} is not allowed; allowed: {ALLOWED}")
+    return frozenset(words)
+
+
+@functools.cache
+def reference_operations() -> frozenset[str]:
+    """Operations whose reference runs on a GPU too. Read once a process."""
+    return parse_setting(os.environ.get(ENV, "none"))
+
+
+def choose(operation: str, asked: Implementation | None, on_gpu: bool) -> Implementation:
+    """The form that a call takes.
+
+    Args:
+        operation: One of :data:`OPERATIONS`.
+        asked: What the caller wants; None for the process's choice.
+        on_gpu: Whether the call's tensors are on a GPU.
+
+    Raises:
+        ValueError: ``asked`` is neither None nor the name of a form.
+    """
+    if asked is None:
+        return "triton" if on_gpu and operation not in reference_operations() else "reference"
+    if asked not in get_args(Implementation):
+        allowed = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation: {asked!r}, allowed: {allowed}")
+    return asked
+
+
+def clear_cache() -> None:
+    """Forget what was decided, for tests that set the variable."""
+    reference_operations.cache_clear()
+
+
+# A bad value stops whatever imports this, before a model is loaded.
+parse_setting(os.environ.get(ENV, "none"))
