@@ -1,0 +1,180 @@
+"""The grouped FP8 einsum at DeepSeek V4 Flash's shape, beside DeepGEMM.
+
+``--try`` times tilings that are not in the table as well. Whatever is timed has just been compared
+with the definition on the same inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from benchmarks import harness
+from vllm_sm12x import lowering
+from vllm_sm12x.ops.fp8_einsum import kernel, reference
+from vllm_sm12x.ops.fp8_einsum.config import EinsumConfig, einsum_config
+
+GROUPS, N, K, BLOCK = 8, 1024, 4096, 128
+TOKENS = (1, 8, 12, 24, 64, 256, 1024, 4096)
+
+# Sets of inputs that take turns: their weights together are several times the L2 cache.
+SETS = 4
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def draw(tokens: int, seed: int) -> Inputs:
+    """As the engine has them: groups outermost, the scales' tokens innermost."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    kinds = dict(generator=generator, device="cuda")
+    padded = -(-tokens // 4) * 4
+    a = torch.randn(GROUPS, tokens, K, **kinds).mul_(100).clamp_(-448, 448)
+    b = torch.randn(GROUPS, N, K, **kinds).mul_(100).clamp_(-448, 448)
+    a_scale = torch.exp2((torch.rand(GROUPS, K // BLOCK, padded, **kinds) * 4).floor() - 9)
+    b_scale = torch.exp2((torch.rand(GROUPS, N // BLOCK, K // BLOCK, **kinds) * 4).floor() - 9)
+    return (
+        a.to(torch.float8_e4m3fn).transpose(0, 1),
+        a_scale.permute(2, 0, 1)[:tokens],
+        b.to(torch.float8_e4m3fn),
+        b_scale,
+        torch.full((tokens, GROUPS, N), torch.nan, dtype=torch.bfloat16, device="cuda"),
+    )
+
+
+def relative_error(call: Callable[[], object], inputs: Inputs, expected: torch.Tensor) -> float:
+    """Root of the mean square of the error, over that of the definition."""
+    inputs[-1].fill_(torch.nan)
+    call()
+    error = inputs[-1].float() - expected
+    return float(error.square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def native() -> Callable[..., None] | None:
+    """DeepGEMM's einsum, where it is installed."""
+    try:
+        from vllm.third_party import deep_gemm
+    except ImportError as error:
+        print(f"no DeepGEMM: {error}")
+        return None
+
+    def call(a, a_scale, b, b_scale, out):
+        equation = "bhr,hdr->bhd"
+        deep_gemm.fp8_einsum(equation, (a, a_scale), (b, b_scale), out, recipe=(1, 128, 128))
+
+    return call
+
+
+def variants(tokens: int, name: str) -> list[EinsumConfig]:
+    """Tilings to try for a number of tokens and a lowering."""
+    shapes: list[tuple[int, int, bool, int]]
+    few = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    if tokens <= 32 and name == "native":
+        few = max(few, 16)
+        shapes, stages = [(few, 64, True, 4), (few, 128, True, 4)], (4, 6, 8)
+    elif tokens <= 32:
+        shapes, stages = [(few, 32, True, 2), (few, 64, True, 4), (few, 16, True, 1)], (5, 8)
+    elif tokens <= 256:
+        shapes = [(64, 64, True, 4), (64, 128, False, 4), (32, 128, True, 4), (64, 64, True, 8)]
+        stages = (3, 5)
+    elif name == "native":
+        shapes = [(64, 128, False, 4), (128, 128, False, 8), (128, 64, False, 4), (64, 64, True, 4)]
+        stages = (3, 4)
+    else:
+        shapes = [(64, 64, True, 4), (64, 128, False, 8), (128, 64, False, 8), (128, 128, False, 8)]
+        stages = (3,)
+        shapes += [(128, 128, False, 16), (64, 64, False, 4), (64, 32, False, 4)]
+    return [EinsumConfig(*shape, number) for shape, number in itertools.product(shapes, stages)]
+
+
+def describe(config: EinsumConfig) -> str:
+    order = "nt" if config.weights_first else "tn"
+    return f"{config.block_t}x{config.block_n}{order} w{config.num_warps} s{config.num_stages}"
+
+
+def bench(tokens: int, lowerings: list[str], trying: bool, report: harness.Report) -> None:
+    sets = [draw(tokens, seed) for seed in range(SETS if tokens <= 1024 else 2)]
+    expected = torch.empty_like(sets[0][-1], dtype=torch.float32)
+    reference.fp8_einsum_bhr_hdr(*sets[0][:-1], expected)
+
+    deep_gemm = native()
+    theirs = deep_gemm and [functools.partial(deep_gemm, *given) for given in sets]
+    for name in lowerings:
+        with harness.use_lowering(name):
+            chosen = einsum_config(lowering.target_key(), tokens)
+            configs = [chosen]
+            if trying:
+                configs += [other for other in variants(tokens, name) if other != chosen]
+            calls = {
+                describe(config): [
+                    functools.partial(kernel.fp8_einsum_bhr_hdr, *given, config=config)
+                    for given in sets
+                ]
+                for config in configs
+            }
+            calls = compiled(calls)
+            if theirs:
+                calls = {"DeepGEMM": theirs, **calls}
+            errors = {}
+            for label, (first, *_) in list(calls.items()):
+                try:
+                    errors[label] = relative_error(first, sets[0], expected)
+                except Exception as error:
+                    print(f"{name} {tokens} {label}: {type(error).__name__}: {error}"[:300])
+                    del calls[label]
+            for label, error in errors.items():
+                if not error < 2**-8:
+                    print(f"{name} {tokens} {label}: WRONG, relative error {error}")
+                    del calls[label]
+            timings = harness.compare(calls, repeats=9)
+        native_us = timings["DeepGEMM"].us if "DeepGEMM" in timings else None
+        for label, timing in timings.items():
+            report.row(
+                operation="fp8_einsum",
+                lowering="" if label == "DeepGEMM" else name,
+                tokens=tokens,
+                what=f"{label:>16}",
+                in_table=label == describe(chosen),
+                error=errors[label],
+                to_native=native_us and round(native_us / timing.us, 3),
+                **harness.rate(
+                    timing,
+                    flops=2.0 * tokens * GROUPS * N * K,
+                    nbytes=sum(tensor.nbytes for tensor in sets[0]),
+                ),
+            )
+
+
+def compiled(calls: dict[str, list]) -> dict[str, list]:
+    """Those that compile and launch, all compiled at a time."""
+
+    def attempt(label: str) -> str | None:
+        try:
+            calls[label][0]()
+        except Exception as error:
+            return f"{label}: {type(error).__name__}: {error}"[:300]
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        failures = dict(zip(calls, pool.map(attempt, calls), strict=True))
+    for failure in filter(None, failures.values()):
+        print(failure)
+    return {label: given for label, given in calls.items() if failures[label] is None}
+
+
+def main() -> None:
+    parser: argparse.ArgumentParser = harness.argument_parser(__doc__)
+    parser.add_argument("--try", dest="trying", action="store_true", help="time more tilings")
+    parser.add_argument("--tokens", type=int, action="append", help="may be repeated")
+    arguments = parser.parse_args()
+    report = harness.Report(arguments)
+    for tokens in arguments.tokens or TOKENS:
+        bench(tokens, arguments.lowering or list(harness.LOWERINGS), arguments.trying, report)
+
+
+if __name__ == "__main__":
+    main()

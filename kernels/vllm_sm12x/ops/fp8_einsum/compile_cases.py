@@ -1,0 +1,54 @@
+"""What the compile gate compiles of this operation; see :mod:`vllm_sm12x.proof.case`."""
+
+from __future__ import annotations
+
+from vllm_sm12x.ops.fp8_einsum.config import TABLE, EinsumConfig
+from vllm_sm12x.ops.fp8_einsum.kernel import einsum_kernel
+from vllm_sm12x.proof.case import CompileCase
+
+TABLES = (TABLE,)
+
+_POINTERS = {"a": "*fp8e4nv", "a_scale": "*fp32", "b": "*fp8e4nv", "out": "*bf16"}
+_DIVISIBLE_BY_16 = ("a", "a_token", "a_group", "b", "b_group", "b_row", "out", "out_token",
+                    "out_group")  # fmt: skip
+# DeepSeek V4 Flash's outputs and inputs a group.
+_N, _K = 1024, 4096
+
+
+def cases() -> list[CompileCase]:
+    """Every row under an SM12x target, with either type of the weights' scales."""
+    rows = {
+        config: name
+        for target, table in TABLE.items()
+        if target != "sm_90"
+        for name, config in table.items()
+    }
+    return [_case(name, row, scale) for row, name in rows.items() for scale in ("fp32", "u8")]
+
+
+def _case(name: str, config: EinsumConfig, scale: str) -> CompileCase:
+    constexprs = {
+        # The result's columns are neighbours.
+        "out_column": 1,
+        "N": _N,
+        "K": _K,
+        "BLOCK_T": config.block_t,
+        "BLOCK_N": config.block_n,
+        "WEIGHTS_FIRST": config.weights_first,
+    }
+    pointers = {**_POINTERS, "b_scale": f"*{scale}"}
+    return CompileCase(
+        label=f"tokens={name} scale={scale}",
+        kernel=einsum_kernel,
+        signature={
+            argument: pointers.get(argument, "i32")
+            for argument in einsum_kernel.arg_names
+            if argument not in constexprs
+        },
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        instructions=("QMMA.16832.F32.E4M3.E4M3",),
+        divisible_by_16=_DIVISIBLE_BY_16,
+        configuration=config,
+    )
