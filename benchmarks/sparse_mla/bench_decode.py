@@ -7,6 +7,7 @@ FlashMLA has no kernel for fewer than 64 heads: with 32 its queries are padded, 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -27,8 +28,8 @@ CASES = {
 INPUT_SETS = 4
 
 
-def tilings() -> list[tuple[config_decode.Row, int]]:
-    """What ``--try`` times: rows, and programs a multiprocessor that the splits aim at."""
+def tilings() -> list[config_decode.Row]:
+    """What ``--try`` times."""
     rows = [
         config_decode.Row(16, 32),
         config_decode.Row(16, 16),
@@ -36,7 +37,7 @@ def tilings() -> list[tuple[config_decode.Row, int]]:
         config_decode.Row(32, 16),
         config_decode.Row(32, 32),
     ]
-    return [(row, programs) for row in rows for programs in (1, 2, 4)]
+    return [replace(row, programs=programs) for row in rows for programs in (1, 2, 4)]
 
 
 def main() -> None:
@@ -69,9 +70,9 @@ def main() -> None:
                 for lowering in arguments.lowering or harness.LOWERINGS:
                     ours = {}
                     if arguments.tilings:
-                        for row, programs in tilings():
-                            splits = config_decode.splits_for(
-                                row, tokens, heads, keys, multiprocessors * programs
+                        for row in tilings():
+                            splits = config_decode.splits(
+                                row, tokens, heads, keys, multiprocessors
                             )
                             label = f"{row.block_h}x{row.block_n}/{row.maxnreg}/{splits}"
                             ours[label] = [

@@ -46,7 +46,7 @@ def test_every_shape_has_a_row():
     [
         ((1, 24, 128, "sm_120"), "q: 24 heads, allowed .*: 8, 16, 32, 64, 128"),
         ((1, 64, 128, "sm_80"), "target: 'sm_80', allowed: sm_120, sm_121, sm_90"),
-        ((4097, 64, 128, "sm_90"), "q: 4097 tokens, allowed .*: up to 4096"),
+        ((65_536, 64, 128, "sm_90"), "q: 65536 tokens, allowed .*: up to 65535"),
         ((1, 64, 16_385, "sm_121"), "swa_indices, extra_indices: 16385 keys, allowed .* 16384"),
     ],
 )

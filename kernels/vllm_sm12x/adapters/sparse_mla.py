@@ -50,6 +50,7 @@ def _most_compressed_keys(layer: DeepseekV4MLAAttention) -> int:
 def _attention_scratch_bytes(layer: DeepseekV4MLAAttention, q: torch.Tensor) -> int:
     keys = _padded_width(layer.window_size + _most_compressed_keys(layer))
     return max(
+        # Of up to so many tokens: a small batch, split over many programs, can need the most.
         sparse_mla.decode_scratch_bytes(*q.shape[:2], keys),
         sparse_mla.prefill_scratch_bytes(*q.shape[:2], keys),
     )

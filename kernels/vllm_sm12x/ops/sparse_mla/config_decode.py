@@ -12,8 +12,8 @@ TARGETS = ("sm_120", "sm_121", "sm_90")
 
 HEADS = (8, 16, 32, 64, 128)
 
-# Upper ends of the classes, both ends inclusive.
-TOKENS = {"few": 16, "many": 4096}
+# Upper ends of the classes, both ends inclusive. A launch has 65,535 programs in a row of tokens.
+TOKENS = {"few": 16, "many": 65_535}
 KEYS = {"window": 128, "short": 1280, "long": 16_384}
 
 MOST_SPLITS = 64

@@ -144,8 +144,11 @@ def scratch_bytes(tokens: int, heads: int, keys: int, target: str, multiprocesso
 
     Fewer tokens can need more of it: their keys are split over more programs.
     """
+    config_decode.row(tokens, heads, keys, target)  # raises where there is no kernel
+    programs = max(row.programs for row in config_decode.TABLE[target].values())
     most = 0
-    for count in range(1, tokens + 1):
+    # From here on, one split of each token fills the GPU.
+    for count in range(1, min(tokens, multiprocessors * programs) + 1):
         row = config_decode.row(count, heads, keys, target)
         splits = config_decode.splits(row, count, heads, keys, multiprocessors)
         most = max(most, partial_bytes(count, heads, splits))
