@@ -20,6 +20,8 @@ so it may run under CUDA-graph capture.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from vllm_sm12x.ops import guards
@@ -35,6 +37,9 @@ __all__ = [
     "scratch_bytes",
 ]
 
+# "reference": plain PyTorch. "triton": our kernel, for a GPU (or Triton's interpreter).
+Implementation = Literal["reference", "triton"]
+
 
 def fp8_paged_mqa_logits(
     q: torch.Tensor,
@@ -44,6 +49,7 @@ def fp8_paged_mqa_logits(
     block_tables: torch.Tensor,
     max_model_len: int,
     clean_logits: bool = False,
+    implementation: Implementation = "reference",
 ) -> torch.Tensor:
     """Score the cached keys of every request for its query tokens.
 
@@ -60,13 +66,17 @@ def fp8_paged_mqa_logits(
             ``min(max_model_len, 64 * pages)``.
         clean_logits: Write ``-inf`` from a row's length on; otherwise what stands there is
             undefined.
+        implementation: ``"reference"``, or ``"triton"``: a kernel that multiplies in e4m3 with
+            float32 sums, for the heads that ``config`` lists.
 
     Returns:
         float32 ``[B * next_n, max_model_len]``, contiguous.
 
     Raises:
-        ValueError: An argument has a wrong dtype, shape, stride or device.
+        ValueError: An argument has a wrong dtype, shape, stride or device, or ``implementation`` is
+            unknown or has no kernel for the number of heads.
     """
+    _check_implementation(implementation)
     bound: dict[str, int] = {}
     guards.check_tensor("q", q)
     guards.check_dtype("q", q, torch.float8_e4m3fn)
@@ -101,12 +111,22 @@ def fp8_paged_mqa_logits(
         context_lens=context_lens,
         block_tables=block_tables,
     )
-    return reference.fp8_paged_mqa_logits(
-        q, kv_cache, weights, context_lens, block_tables, max_model_len, clean_logits
-    )
+    arguments = (q, kv_cache, weights, context_lens, block_tables, max_model_len, clean_logits)
+    if implementation == "reference":
+        return reference.fp8_paged_mqa_logits(*arguments)
+    from vllm_sm12x.ops.paged_mqa_logits import kernel  # here, so that the rest needs no Triton
+
+    return kernel.fp8_paged_mqa_logits(*arguments)
 
 
-def scratch_bytes(requests: int, next_n: int, heads: int, pages: int, max_model_len: int) -> int:
+def scratch_bytes(
+    requests: int,
+    next_n: int,
+    heads: int,
+    pages: int,
+    max_model_len: int,
+    implementation: Implementation = "reference",
+) -> int:
     """Most memory that :func:`fp8_paged_mqa_logits` allocates at a time besides its result.
 
     Args:
@@ -115,8 +135,21 @@ def scratch_bytes(requests: int, next_n: int, heads: int, pages: int, max_model_
         heads: Number of heads.
         pages: Width of the block table.
         max_model_len: Columns of the result.
+        implementation: As in :func:`fp8_paged_mqa_logits`.
 
     Returns:
         Bytes.
+
+    Raises:
+        ValueError: ``implementation`` is unknown.
     """
+    _check_implementation(implementation)
+    if implementation == "triton":
+        return 0
     return reference.scratch_bytes(requests, next_n, heads, pages, max_model_len)
+
+
+def _check_implementation(implementation: str) -> None:
+    if implementation not in get_args(Implementation):
+        allowed = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation: {implementation!r}, allowed: {allowed}")

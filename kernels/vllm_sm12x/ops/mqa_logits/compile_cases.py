@@ -1,0 +1,60 @@
+"""What the compile gate compiles of this operation; see :mod:`vllm_sm12x.proof.case`."""
+
+from __future__ import annotations
+
+from vllm_sm12x.ops.mqa_logits import HEAD_DIM
+from vllm_sm12x.ops.mqa_logits.config import TABLE, Row
+from vllm_sm12x.ops.mqa_logits.kernel import logits_kernel
+from vllm_sm12x.proof.case import CompileCase
+
+TABLES = (TABLE,)
+
+_POINTERS = {
+    "q": "*fp8e4nv",
+    "k": "*fp8e4nv",
+    "k_scale": "*fp32",
+    "weights": "*fp32",
+    "ks": "*i32",
+    "ke": "*i32",
+    "out": "*fp32",
+}
+# What the launcher finds divisible by 16 and the kernel does not exempt from specialisation.
+_DIVISIBLE_BY_16 = ("q", "k", "weights", "out", "q_token", "q_head", "k_row", "weights_token")
+
+
+def cases() -> list[CompileCase]:
+    """A case for every row under an SM12x target; rows that the targets share come once."""
+    rows = {
+        (heads, row): None
+        for target, table in TABLE.items()
+        if target != "sm_90"
+        for heads, row in table.items()
+    }
+    return [_case(heads, row) for heads, row in rows]
+
+
+def _case(heads: int, row: Row) -> CompileCase:
+    constexprs = {
+        "HEADS": heads,
+        "HEAD_DIM": HEAD_DIM,
+        "BLOCK_N": row.block_n,
+        "BLOCK_Q": row.block_q,
+        "STAGES": row.num_stages,
+        "weights_head": 1,
+    }
+    return CompileCase(
+        label=f"prefill logits heads={heads}",
+        kernel=logits_kernel,
+        signature={
+            name: _POINTERS.get(name, "i32")
+            for name in logits_kernel.arg_names
+            if name not in constexprs
+        },
+        constexprs=constexprs,
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+        instructions=("QMMA.16832.F32.E4M3.E4M3",),
+        divisible_by_16=_DIVISIBLE_BY_16,
+        maxnreg=row.maxnreg,
+        configuration=row,
+    )

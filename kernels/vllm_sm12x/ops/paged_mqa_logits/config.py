@@ -1,0 +1,89 @@
+"""Launch parameters of the decode logits: static, by target, heads and rows, never tuned.
+
+On SM12x a block has at most 101,376 bytes of shared memory and a thread 255 registers; every row
+there compiles without spills inside both. What was measured is in ``benchmarks/paged_mqa_logits``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEADS = (32, 64)
+
+# Upper ends of the classes of rows (query tokens of a call), both ends inclusive.
+ROWS = {"few": 4, "many": 2**31 - 1}
+
+# sm_120: the RTX PRO 6000 (an RTX 5090 has 170).
+MULTIPROCESSORS = {"sm_120": 188, "sm_121": 48, "sm_90": 132}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one program of the kernel works.
+
+    Attributes:
+        block_n: Keys a tile, 32 for each warp, so that a warp has all heads of its keys and sums
+            over them without another warp's help.
+        num_warps: Warps a block.
+        num_stages: Of the software pipeline. Half of them go to the page numbers, which the keys
+            wait for: with 5, two tiles of keys are in shared memory or on the way there.
+        programs: Programs a multiprocessor that the number of splits aims at; no more than fit.
+        maxnreg: Bound on the registers a thread; None for no bound.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    maxnreg: int | None = None
+
+
+_FEW = Row(block_n=128, num_warps=4, num_stages=5, programs=3)
+_MANY = Row(block_n=128, num_warps=4, num_stages=5, programs=3)
+
+_ROWS = {(heads, rows): _FEW if rows == "few" else _MANY for heads in HEADS for rows in ROWS}
+
+# Target (as `vllm_sm12x.lowering.target_key` names it) -> (heads, rows) -> row.
+TABLE: dict[str, dict[tuple[int, str], Row]] = {
+    "sm_120": _ROWS,
+    "sm_121": _ROWS,
+    "sm_90": _ROWS,
+}
+
+
+def row(rows: int, heads: int, target: str) -> Row:
+    """The row for a call.
+
+    Args:
+        rows: Query tokens, ``B * next_n``.
+        heads: Number of heads.
+        target: A key of :data:`TABLE`.
+
+    Raises:
+        ValueError: The table has no row for the number of heads or the target.
+    """
+    if target not in TABLE:
+        raise ValueError(f"target: {target!r}, allowed: {', '.join(TABLE)}")
+    if heads not in HEADS:
+        allowed = ", ".join(map(str, HEADS))
+        raise ValueError(f"q: {heads} heads, allowed in the Triton paged logits kernel: {allowed}")
+    rows_class = next(name for name, most in ROWS.items() if rows <= most)
+    return TABLE[target][heads, rows_class]
+
+
+def splits(row: Row, rows: int, tiles: int, target: str) -> int:
+    """Programs that share the keys of a query token.
+
+    As many as are at work at a time, so that all end together where lengths are equal. With so many
+    query tokens that this would be few, twice as many: lengths differ, and the long ones would be
+    waited for.
+
+    Args:
+        row: What :func:`row` gave.
+        rows: Query tokens.
+        tiles: Most tiles of keys that a query token can have.
+        target: A key of :data:`TABLE`.
+    """
+    room = MULTIPROCESSORS[target] * row.programs
+    wanted = room // rows if 8 * rows <= room else -(-2 * room // rows)
+    return max(1, min(wanted, tiles))
