@@ -255,9 +255,9 @@ LENS_IN_PAIRS = [
 ]
 
 
-def alike(lens: tuple) -> list[Case]:
+def alike(lens: tuple, heads: int = 16) -> list[Case]:
     """Cases of these lengths whose caches are of one size."""
-    cases = [Case(values, heads=16, seed=seed) for seed, values in enumerate(lens)]
+    cases = [Case(values, heads=heads, seed=seed) for seed, values in enumerate(lens)]
     blocks = max(len(case.pages.cache) for case in cases)
     for case in cases:
         pages = IndexerPages(blocks)
