@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sm12x.implementation import Implementation, choose
 from vllm_sm12x.ops import guards
 from vllm_sm12x.ops.mxfp4_experts import reference
 from vllm_sm12x.ops.mxfp4_experts.reference import BLOCK
+from vllm_sm12x.ops.mxfp4_experts.routing import Align, align_block_size
 from vllm_sm12x.ops.ue8m0 import DTYPES as SCALE_DTYPES
+
+__all__ = ["dequantize_mxfp4", "mxfp4_experts"]
 
 
 def dequantize_mxfp4(
@@ -59,6 +63,8 @@ def mxfp4_experts(
     swiglu_limit: float | None = None,
     apply_router_weight_on_input: bool = False,
     expert_map: torch.Tensor | None = None,
+    align: Align = align_block_size,
+    implementation: Implementation | None = "reference",
 ) -> None:
     """Weighted sum over each token's experts of ``W2 (silu(gate) * up)``, ``[gate; up] = W13 x``.
 
@@ -88,11 +94,19 @@ def mxfp4_experts(
             the second.
         expert_map: int32 or int64 ``[experts in all]``, the index in the weights of each expert, or
             -1 for one that lives elsewhere and adds nothing. ``None``: ``topk_ids`` are indices.
+        align: What sorts many pairs of a token and an expert into tiles (see
+            :mod:`vllm_sm12x.ops.mxfp4_experts.routing`), such as vLLM's ``moe_align_block_size``.
+            The reference does not use it.
+        implementation: As :func:`vllm_sm12x.implementation.choose` takes it. The kernels read
+            ``hidden_states``, ``w13`` and ``w2`` 16 bytes at a time, so that their rows must begin
+            at multiples of 16 bytes, and take scales of ``stride(-1) == 1``.
 
     Raises:
-        ValueError: A shape, dtype, stride or device is not one of these, or ``swiglu_limit`` is not
-            positive.
+        ValueError: A shape, dtype, stride or device is not one of these, ``swiglu_limit`` is not
+            positive, or ``implementation`` is unknown or has no kernel for the strides or device.
     """
+    guards.check_tensor("hidden_states", hidden_states)
+    form = choose("mxfp4_experts", implementation, hidden_states.is_cuda)
     tensors = {
         "hidden_states": hidden_states,
         "w13": w13,
@@ -142,16 +156,10 @@ def mxfp4_experts(
     if swiglu_limit is not None and not swiglu_limit > 0:
         raise ValueError(f"swiglu_limit: {swiglu_limit}, allowed: a positive number or None")
     guards.check_same_device(**tensors, expert_map=expert_map)
-    reference.mxfp4_experts(
-        hidden_states,
-        w13,
-        w13_scale,
-        w2,
-        w2_scale,
-        topk_weights,
-        topk_ids,
-        out,
-        swiglu_limit,
-        apply_router_weight_on_input,
-        expert_map,
-    )
+    arguments = (*tensors.values(), swiglu_limit, apply_router_weight_on_input, expert_map)
+    if form == "reference":
+        reference.mxfp4_experts(*arguments)
+        return
+    from vllm_sm12x.ops.mxfp4_experts import launch  # here, so that the rest needs no Triton
+
+    launch.mxfp4_experts(*arguments, align)

@@ -1,0 +1,163 @@
+"""What the compile gate compiles of this operation; see :mod:`vllm_sm12x.proof.case`."""
+
+from __future__ import annotations
+
+from vllm_sm12x.ops.mxfp4_experts.config import SUM, TABLE, Product, Row, Sum
+from vllm_sm12x.ops.mxfp4_experts.kernel import (
+    local_experts_kernel,
+    product_kernel,
+    weighted_sum_kernel,
+)
+from vllm_sm12x.ops.mxfp4_experts.launch import LOCAL_BLOCK
+from vllm_sm12x.proof.case import CompileCase
+
+TABLES = (TABLE, SUM)
+
+# DeepSeek V4 Flash; the intermediate size as one GPU has it, and as each of two.
+_HIDDEN, _TOP_K = 4096, 6
+_INTERMEDIATE = (2048, 1024)
+
+_VARIABLE = ("pairs", "mapped", "experts", "limit")
+
+
+def cases() -> list[CompileCase]:
+    """Both products of every row under an SM12x target, then the small kernels."""
+    rows = {
+        row: kind
+        for target, table in TABLE.items()
+        if target != "sm_90"
+        for kind, row in table.items()
+    }
+    found = [
+        _product(f"{kind} I={size} {name}", row, size, gated)
+        for row, kind in rows.items()
+        for size in _INTERMEDIATE
+        for name, gated in (("first", True), ("second", False))
+    ]
+    few, many = (next(row for row, k in rows.items() if k == kind) for kind in ("few", "64"))
+    sums = dict.fromkeys(config for target, config in SUM.items() if target != "sm_90")
+    return [
+        *found,
+        # Columns that are no whole steps, and scales that are no words.
+        _product("few I=544 second", few, 544, False, words=False),
+        _product("64 I=544 second", many, 544, False, words=False),
+        _product("few I=2048 first with everything", few, 2048, True, everything=True),
+        _product("64 I=2048 first with everything", many, 2048, True, everything=True),
+        *(_sum(config, mapped) for config in sums for mapped in (False, True)),
+        _local(),
+    ]
+
+
+def _product(
+    label: str,
+    row: Row,
+    intermediate: int,
+    gated: bool,
+    *,
+    words: bool = True,
+    everything: bool = False,
+) -> CompileCase:
+    """With ``everything`` comes an expert map, or the router's weight on the input."""
+    how: Product = row.first if gated else row.second
+    signature = {
+        "x_ptr": "*i32",
+        "x_stride": "i32",
+        "weight_ptr": "*u8",
+        "weight_expert_stride": "i32",
+        "weight_row_stride": "i32",
+        "scale_ptr": "*i32" if words else "*u8",
+        "scale_expert_stride": "i32",
+        "scale_row_stride": "i32",
+        "out_ptr": "*bf16" if gated else "*fp32",
+        "router_weight_ptr": "*fp32",
+        "limit": "fp32",
+        "ids_ptr": "*i32",
+        "map_ptr": "*i32",
+        "sorted_ptr": "*i32",
+        "tile_expert_ptr": "*i32",
+        "padded_ptr": "*i32",
+        "pairs": "i32",
+        "mapped": "i32",
+        "experts": "i32",
+    }
+    absent = {"sorted_ptr", "tile_expert_ptr", "padded_ptr"}
+    if row.most_pairs == 0:
+        absent = {"ids_ptr", "map_ptr"}
+    elif not everything:
+        absent |= {"map_ptr"}
+    if not gated:
+        absent |= {"limit"}
+    if not everything:
+        absent |= {"router_weight_ptr"}
+    signature = {name: kind for name, kind in signature.items() if name not in absent}
+    return CompileCase(
+        label=label,
+        kernel=product_kernel,
+        signature=signature,
+        constexprs={
+            **dict.fromkeys(absent),
+            "TOP_K": _TOP_K,
+            "ROWS": intermediate if gated else _HIDDEN,
+            "COLUMNS": _HIDDEN if gated else intermediate,
+            "GATED": gated,
+            "MOST_PAIRS": row.most_pairs,
+            "BLOCK_M": row.block_m,
+            "BLOCK_N": how.block_n,
+            "BLOCK_K": how.block_k,
+            "SCALE_WORDS": words,
+        },
+        num_warps=how.num_warps,
+        num_stages=how.num_stages,
+        instructions=("HMMA.16816.F32.BF16",),
+        divisible_by_16=tuple(
+            name
+            for name in signature
+            if name not in _VARIABLE and (words or not name.startswith("scale_"))
+        ),
+        configuration=row,
+    )
+
+
+def _sum(config: Sum, mapped: bool) -> CompileCase:
+    signature = {
+        "result_ptr": "*fp32",
+        "router_weight_ptr": "*fp32",
+        "ids_ptr": "*i32",
+        "map_ptr": "*i32",
+        "out_ptr": "*bf16",
+        "out_stride": "i32",
+        "mapped": "i32",
+        "experts": "i32",
+    }
+    absent = {} if mapped else {"map_ptr": None}
+    signature = {name: kind for name, kind in signature.items() if name not in absent}
+    return CompileCase(
+        label=f"sum of {config.block}" + (" mapped" if mapped else ""),
+        kernel=weighted_sum_kernel,
+        signature=signature,
+        constexprs={**absent, "TOP_K": _TOP_K, "HIDDEN": _HIDDEN, "BLOCK": config.block},
+        num_warps=config.num_warps,
+        num_stages=1,
+        divisible_by_16=tuple(name for name in signature if name not in _VARIABLE),
+        configuration=config,
+    )
+
+
+def _local() -> CompileCase:
+    signature = {
+        "ids_ptr": "*i32",
+        "map_ptr": "*i32",
+        "local_ptr": "*i32",
+        "pairs": "i32",
+        "mapped": "i32",
+        "experts": "i32",
+    }
+    return CompileCase(
+        label="local experts",
+        kernel=local_experts_kernel,
+        signature=signature,
+        constexprs={"BLOCK": LOCAL_BLOCK},
+        num_warps=4,
+        num_stages=3,
+        divisible_by_16=("ids_ptr", "map_ptr", "local_ptr"),
+    )

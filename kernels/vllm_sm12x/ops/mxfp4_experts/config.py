@@ -1,0 +1,92 @@
+"""Launch parameters of the MXFP4 experts: a static table by target and rows an expert.
+
+Nothing is tuned while serving. On SM12x a block has at most 101,376 bytes of shared memory and a
+thread 255 registers; every row there compiles without spills inside both. How they were chosen is
+in ``benchmarks/mxfp4_experts/README.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Product:
+    """How one block of a product works.
+
+    Attributes:
+        block_n: Weight rows a block. A warp takes 16 of them at least.
+        block_k: Columns a step, a multiple of 32.
+        num_warps: Warps a block.
+        num_stages: Stages of the software pipeline.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a call works.
+
+    Attributes:
+        block_m: Pairs a tile, a power of two of at least 8.
+        most_pairs: Power of two. Not 0: programs find their tile among so many pairs, and there is
+            no routing before.
+        first: The product with gate and up.
+        second: The product with the activation.
+    """
+
+    block_m: int
+    most_pairs: int
+    first: Product
+    second: Product
+
+
+@dataclass(frozen=True)
+class Sum:
+    """How the weighted sum works.
+
+    Attributes:
+        block: Columns a block, a power of two.
+        num_warps: Warps a block.
+    """
+
+    block: int
+    num_warps: int
+
+
+# Where programs find their tiles themselves: up to 42 tokens of 6 experts.
+MOST_PAIRS = 256
+
+# The most rows that an expert has on average, and the kind of tile for them.
+_KINDS = ((8, "16"), (24, "32"), (float("inf"), "64"))
+
+_FEW = Row(16, MOST_PAIRS, Product(64, 256, 4, 4), Product(64, 256, 4, 4))
+_16 = Row(16, 0, Product(64, 256, 4, 4), Product(64, 256, 4, 4))
+_32 = Row(32, 0, Product(128, 128, 4, 3), Product(128, 128, 4, 3))
+_64 = Row(64, 0, Product(128, 64, 4, 4), Product(128, 64, 4, 4))
+_ROWS = {"few": _FEW, "16": _16, "32": _32, "64": _64}
+
+# Target (as `vllm_sm12x.lowering.target_key` names it) -> kind -> configuration.
+TABLE: dict[str, dict[str, Row]] = {"sm_120": _ROWS, "sm_121": _ROWS, "sm_90": _ROWS}
+
+# The weighted sum, by target.
+_SUM = Sum(1024, 4)
+SUM: dict[str, Sum] = {"sm_120": _SUM, "sm_121": _SUM, "sm_90": _SUM}
+
+
+def row(target: str, pairs: int, experts: int) -> Row:
+    """The configuration for a number of pairs of a token and an expert.
+
+    Raises:
+        ValueError: The table has no such target; the message says which there are.
+    """
+    if target not in TABLE:
+        raise ValueError(f"target: {target!r}, allowed: {', '.join(TABLE)}")
+    kind = "few"
+    if pairs > MOST_PAIRS:
+        kind = next(name for most, name in _KINDS if pairs <= most * experts)
+    return TABLE[target][kind]

@@ -1,0 +1,282 @@
+"""MXFP4 experts in Triton: two grouped products and a weighted sum.
+
+Weights are the left operand, so that a block's weight rows split over its warps and a nibble is
+unpacked in the registers of the warp that multiplies it. A byte holds two neighbours of a row: the
+low nibbles of a tile meet the activations of even index, the high nibbles those of odd index. That
+makes two products, and no value changes its place. The activations come as 32-bit words of two
+neighbours and are taken apart likewise.
+
+A tile is up to ``BLOCK_M`` pairs of a token and an expert, all of one expert. Few pairs find their
+tiles themselves, inside the products; many are sorted before (see ``routing``). The rows of the
+intermediate results are pairs, ``token * K + slot``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_sm12x.ops.interpreter import dot, to_bfloat16
+from vllm_sm12x.ops.mxfp4_experts.e2m1 import unpack
+
+# Gate and up rows take turns of so many: a thread then has both of an activation, for its part of
+# a matrix instruction's result is of two rows so far apart.
+_TURN = tl.constexpr(8)
+
+# These change from call to call, or are 1 in one call and not in the next.
+_VARIABLE = ["pairs", "mapped", "experts"]
+
+
+@triton.jit
+def _local_experts(ids_ptr, map_ptr, pair, inside, mapped, experts):
+    """Index in the weights of each pair's expert, or ``experts`` where there is none."""
+    expert = tl.load(ids_ptr + pair, mask=inside, other=-1).to(tl.int64)
+    if map_ptr is not None:
+        known = (expert >= 0) & (expert < mapped)
+        expert = tl.load(map_ptr + tl.where(known, expert, 0), mask=known, other=-1).to(tl.int64)
+    return tl.where((expert >= 0) & (expert < experts), expert, experts).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=_VARIABLE)
+def local_experts_kernel(ids_ptr, map_ptr, local_ptr, pairs, mapped, experts, BLOCK: tl.constexpr):
+    """``local[pair]``, int32 ``[pairs]``: index of its expert in the weights, ``experts`` for none.
+
+    Args:
+        ids_ptr: int32 or int64 ``[pairs]``.
+        map_ptr: int32 or int64 ``[mapped]`` or None.
+    """
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < pairs
+    pair = tl.where(inside, pair, 0)
+    local = _local_experts(ids_ptr, map_ptr, pair, inside, mapped, experts)
+    tl.store(local_ptr + pair, local, mask=inside)
+
+
+@triton.jit
+def _tile_of_pair(
+    ids_ptr,
+    map_ptr,
+    pair,
+    pairs,
+    mapped,
+    experts,
+    BLOCK_M: tl.constexpr,
+    MOST_PAIRS: tl.constexpr,
+):
+    """Expert of a pair, and the pairs of the tile that begins with it, or -1.
+
+    A pair begins a tile where ``BLOCK_M`` times some number of earlier pairs have its expert; where
+    it begins none, or has no expert, the expert is ``experts``.
+    """
+    every = tl.arange(0, MOST_PAIRS)
+    inside = every < pairs
+    local = _local_experts(ids_ptr, map_ptr, tl.where(inside, every, 0), inside, mapped, experts)
+    expert = _local_experts(ids_ptr, map_ptr, pair, pair < pairs, mapped, experts)
+    same = (local == expert) & inside
+    rank = tl.cumsum(same.to(tl.int32), 0) - 1
+    first = tl.sum(tl.where(every == pair, rank, 0), 0)
+    wanted = first + tl.arange(0, BLOCK_M)
+    hit = same[None, :] & (rank[None, :] == wanted[:, None])
+    rows = tl.sum(tl.where(hit, every[None, :] + 1, 0), 1) - 1
+    return tl.where(first % BLOCK_M == 0, expert, experts), rows
+
+
+@triton.jit
+def _scales_of_words(words_at, step, GROUPS: tl.constexpr):
+    """The ``GROUPS`` scales of a step, ``[rows, words, GROUPS / words]``, from words of four."""
+    WORDS: tl.constexpr = (GROUPS + 3) // 4
+    first = step * GROUPS
+    scale = tl.load(words_at + (first // 4 + tl.arange(0, WORDS))[None, :])
+    # Joined, and not shifted by a range, with which the products' operands take another way.
+    scale = scale >> (first % 4 * 8) if GROUPS == 2 else tl.join(scale, scale >> 16)
+    return tl.join(scale, scale >> 8) & 0xFF
+
+
+@triton.jit(do_not_specialize=_VARIABLE)
+def product_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    weight_expert_stride,
+    weight_row_stride,
+    scale_ptr,
+    scale_expert_stride,
+    scale_row_stride,
+    out_ptr,
+    router_weight_ptr,
+    limit,
+    ids_ptr,
+    map_ptr,
+    sorted_ptr,
+    tile_expert_ptr,
+    padded_ptr,
+    pairs,
+    mapped,
+    experts,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,
+    MOST_PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+):
+    """One tile of pairs by ``BLOCK_N`` rows of their expert's weight.
+
+    ``tiles * cdiv(weight rows, BLOCK_N)`` programs. Strides are in elements; columns are
+    neighbours.
+
+    Args:
+        x_ptr: int32, two bfloat16 each: ``[tokens, COLUMNS / 2]`` where ``GATED``, else
+            ``[pairs, COLUMNS / 2]``.
+        weight_ptr: uint8 ``[experts, 2 * ROWS if GATED else ROWS, COLUMNS / 2]``.
+        scale_ptr: uint8 ``[experts, as weight_ptr, COLUMNS / 32]``; where ``SCALE_WORDS`` int32,
+            four scales each.
+        out_ptr: ``[pairs, ROWS]``. Where ``GATED`` bfloat16, ``silu(gate) * up``, else float32.
+        router_weight_ptr: float32 ``[pairs]``, a factor of the gate and up, or None.
+        limit: float32 that cuts the gate and up, or None.
+        ids_ptr, map_ptr: As for :func:`local_experts_kernel`. Used where ``MOST_PAIRS`` is not 0.
+        sorted_ptr, tile_expert_ptr, padded_ptr: int32, the routing, used where it is 0.
+        GATED: The first product.
+        MOST_PAIRS: Power of two of at least ``pairs``: program ``pair`` finds its own tile. 0: the
+            routing says which pairs a tile has.
+        BLOCK_M: Pairs a tile.
+        BLOCK_N: Weight rows a program, where ``GATED`` half of them of the gate.
+        BLOCK_K: Columns a step.
+        SCALE_WORDS: Scales are read four at a time, which the pipeline can do ahead however few
+            of them a step needs. Steps must be whole.
+    """
+    WEIGHT_ROWS: tl.constexpr = 2 * ROWS if GATED else ROWS
+    BLOCKS: tl.constexpr = (WEIGHT_ROWS + BLOCK_N - 1) // BLOCK_N
+    BYTES: tl.constexpr = COLUMNS // 2
+    GROUPS: tl.constexpr = COLUMNS // 32
+    BLOCK_BYTES: tl.constexpr = BLOCK_K // 2
+    BLOCK_GROUPS: tl.constexpr = BLOCK_K // 32
+    EVEN: tl.constexpr = COLUMNS % BLOCK_K == 0
+    WHOLE: tl.constexpr = WEIGHT_ROWS % BLOCK_N == 0
+    tile = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+
+    if MOST_PAIRS > 0:
+        expert, rows = _tile_of_pair(
+            ids_ptr, map_ptr, tile, pairs, mapped, experts, BLOCK_M, MOST_PAIRS
+        )
+        live = rows >= 0
+    else:
+        if tile * BLOCK_M >= tl.load(padded_ptr):
+            return
+        expert = tl.load(tile_expert_ptr + tile)
+        rows = tl.load(sorted_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
+        live = (rows >= 0) & (rows < pairs)
+    if (expert < 0) | (expert >= experts):
+        return
+    # No address outside a tensor is formed, not even by lanes that a mask switches off.
+    rows = tl.where(live, rows, 0).to(tl.int64)
+    expert = expert.to(tl.int64)
+
+    row = tl.arange(0, BLOCK_N)
+    if GATED:
+        output = block * (BLOCK_N // 2) + (row // (2 * _TURN)) * _TURN + row % _TURN
+        output = tl.where(WHOLE | (output < ROWS), output, 0)
+        weight_row = output + tl.where(row // _TURN % 2 == 0, 0, ROWS)
+        x_row = rows // TOP_K
+    else:
+        output = block * BLOCK_N + row
+        weight_row = tl.where(WHOLE | (output < ROWS), output, 0)
+        x_row = rows
+    x_at = x_ptr + x_row[:, None] * x_stride
+    weight_at = weight_ptr + expert * weight_expert_stride + weight_row[:, None] * weight_row_stride
+    scale_at = scale_ptr + expert * scale_expert_stride + weight_row[:, None] * scale_row_stride
+
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in range(0, (COLUMNS + BLOCK_K - 1) // BLOCK_K):
+        byte = step * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
+        group = step * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+        if EVEN:
+            words = tl.load(x_at + byte[None, :], mask=live[:, None], other=0)
+            packed = tl.load(weight_at + byte[None, :])
+            if SCALE_WORDS:
+                scale = _scales_of_words(scale_at, step, BLOCK_GROUPS)
+            else:
+                scale = tl.load(scale_at + group[None, :])
+        else:
+            tl.static_assert(not SCALE_WORDS)
+            there = byte < BYTES
+            byte = tl.where(there, byte, 0)[None, :]
+            words = tl.load(x_at + byte, mask=live[:, None] & there[None, :], other=0)
+            packed = tl.load(weight_at + byte, mask=there[None, :], other=0)
+            there = group < GROUPS
+            group = tl.where(there, group, 0)[None, :]
+            scale = tl.load(scale_at + group, mask=there[None, :], other=0)
+        even = tl.trans(words.to(tl.int16).to(tl.bfloat16, bitcast=True))
+        odd = tl.trans((words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))
+        low, high = unpack(packed, scale)
+        acc = dot(low, even, acc)
+        acc = dot(high, odd, acc)
+
+    out_at = out_ptr + rows[None, :] * ROWS
+    if GATED:
+        turns = tl.reshape(acc, [BLOCK_N // (2 * _TURN), 2, _TURN, BLOCK_M])
+        gate, up = tl.split(tl.permute(turns, [0, 2, 3, 1]))
+        if router_weight_ptr is not None:
+            router_weight = tl.load(router_weight_ptr + rows, mask=live, other=0.0)
+            gate *= router_weight[None, None, :]
+            up *= router_weight[None, None, :]
+        if limit is not None:
+            # NaN compares false and stays.
+            gate = tl.where(gate > limit, limit, gate)
+            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        activation = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_N // 2, BLOCK_M])
+        output = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        result = to_bfloat16(activation)
+    else:
+        output = block * BLOCK_N + row
+        result = acc
+    inside = live[None, :]
+    if not WHOLE:
+        inside = inside & (output < ROWS)[:, None]
+        output = tl.where(output < ROWS, output, 0)
+    tl.store(out_at + output[:, None], result, mask=inside)
+
+
+@triton.jit(do_not_specialize=["mapped", "experts"])
+def weighted_sum_kernel(
+    result_ptr,
+    router_weight_ptr,
+    ids_ptr,
+    map_ptr,
+    out_ptr,
+    out_stride,
+    mapped,
+    experts,
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum of a token's experts, in the order of their slots, for ``BLOCK`` columns.
+
+    ``tokens * cdiv(HIDDEN, BLOCK)`` programs.
+
+    Args:
+        result_ptr: float32 ``[tokens * TOP_K, HIDDEN]``; rows of pairs without an expert may hold
+            anything.
+        router_weight_ptr: float32 ``[tokens * TOP_K]``, or None for ones.
+        ids_ptr, map_ptr: As for :func:`local_experts_kernel`.
+        out_ptr: bfloat16 ``[tokens, HIDDEN]``.
+    """
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
+    token = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    column = tl.where(inside, column, 0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = token * TOP_K + slot
+        routed = _local_experts(ids_ptr, map_ptr, pair, pair >= 0, mapped, experts) < experts
+        value = tl.load(result_ptr + pair * HIDDEN + column, mask=inside & routed, other=0.0)
+        if router_weight_ptr is not None:
+            value *= tl.load(router_weight_ptr + pair, mask=routed, other=0.0)
+        total += value
+    tl.store(out_ptr + token * out_stride + column, to_bfloat16(total), mask=inside)
