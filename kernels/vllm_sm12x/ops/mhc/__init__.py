@@ -14,10 +14,27 @@ is taken before that rounding; then the product is rounded once more.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from vllm_sm12x.ops import guards
 from vllm_sm12x.ops.mhc import reference
+
+# "reference": plain PyTorch. "triton": our kernels, for a GPU (or Triton's interpreter).
+Implementation = Literal["reference", "triton"]
+
+
+def _choose(implementation: str):
+    """The module with the functions of an implementation."""
+    if implementation not in get_args(Implementation):
+        allowed = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation: {implementation!r}, allowed: {allowed}")
+    if implementation == "reference":
+        return reference
+    from vllm_sm12x.ops.mhc import launch  # here, so that the rest needs no Triton
+
+    return launch
 
 
 def _check_streams(name: str, streams: torch.Tensor) -> tuple[list[int], int, int]:
@@ -94,6 +111,8 @@ def mhc_pre(
     n_splits: int = 1,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
+    *,
+    implementation: Implementation = "reference",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights of the streams from the streams, and the input of the layer that follows.
 
@@ -114,16 +133,19 @@ def mhc_pre(
         norm_weight: bfloat16 or float32 ``[H]`` (used as bfloat16): apply RMSNorm to the layer's
             input. ``None``: do not.
         norm_eps: Of that norm.
+        implementation: ``"triton"`` takes four streams, and each number of ``fn`` with a relative
+            error of up to ``2**-17``. Tensors that are not contiguous are copied first.
 
     Returns:
         ``post_mix`` float32 ``[..., M, 1]``, ``comb_mix`` float32 ``[..., M, M]`` and
         ``layer_input`` bfloat16 ``[..., H]``.
 
     Raises:
-        ValueError: A shape, dtype or device is not one of these, or ``sinkhorn_repeat`` is below 1.
+        ValueError: A shape, dtype or device is not one of these, ``sinkhorn_repeat`` is below 1, or
+            ``implementation`` is unknown or has no kernel for the number of streams.
     """
     _check_mapping(residual, fn, hc_scale, hc_base, sinkhorn_repeat, norm_weight)
-    return reference.mhc_pre(
+    return _choose(implementation).mhc_pre(
         residual,
         fn,
         hc_scale,
@@ -143,6 +165,8 @@ def mhc_post(
     residual: torch.Tensor,
     post_layer_mix: torch.Tensor,
     comb_res_mix: torch.Tensor,
+    *,
+    implementation: Implementation = "reference",
 ) -> torch.Tensor:
     """``out[j] = post_layer_mix[j] * x + sum_i comb_res_mix[i, j] * residual[i]``, a token.
 
@@ -151,6 +175,7 @@ def mhc_post(
         residual: bfloat16 ``[..., M, H]``.
         post_layer_mix: float32 ``[..., M, 1]`` or ``[..., M]``.
         comb_res_mix: float32 ``[..., M, M]``, its first index the stream that is read.
+        implementation: As in :func:`mhc_pre`.
 
     Returns:
         bfloat16 ``[..., M, H]``, contiguous.
@@ -159,7 +184,7 @@ def mhc_post(
         ValueError: A shape, dtype or device is not one of these.
     """
     _check_post(x, residual, post_layer_mix, comb_res_mix)
-    return reference.mhc_post(x, residual, post_layer_mix, comb_res_mix)
+    return _choose(implementation).mhc_post(x, residual, post_layer_mix, comb_res_mix)
 
 
 def mhc_fused_post_pre(
@@ -179,6 +204,8 @@ def mhc_fused_post_pre(
     tile_n: int = 1,
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
+    *,
+    implementation: Implementation = "reference",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`mhc_post`, then :func:`mhc_pre` of its result; the arguments are theirs.
 
@@ -188,6 +215,7 @@ def mhc_fused_post_pre(
     Args:
         n_splits: As in :func:`mhc_pre`.
         tile_n: A launch parameter of upstream's kernels; it does not change the result.
+        implementation: As in :func:`mhc_pre`.
 
     Returns:
         The new streams, bfloat16 ``[..., M, H]``, then what :func:`mhc_pre` gives.
@@ -197,9 +225,11 @@ def mhc_fused_post_pre(
     """
     _check_post(x, residual, post_layer_mix, comb_res_mix)
     _check_mapping(residual, fn, hc_scale, hc_base, sinkhorn_repeat, norm_weight)
-    streams = reference.mhc_post(x, residual, post_layer_mix, comb_res_mix)
-    return streams, *reference.mhc_pre(
-        streams,
+    return _choose(implementation).mhc_fused_post_pre(
+        x,
+        residual,
+        post_layer_mix,
+        comb_res_mix,
         fn,
         hc_scale,
         hc_base,
@@ -220,6 +250,8 @@ def hc_head(
     hc_base: torch.Tensor,
     rms_norm_eps: float,
     hc_eps: float,
+    *,
+    implementation: Implementation = "reference",
 ) -> torch.Tensor:
     """Collapse the streams at the end of the model: a sum with weights ``sigmoid(.) + hc_eps``.
 
@@ -228,6 +260,7 @@ def hc_head(
         hc_fn: float32 ``[M, M * H]``, applied to the RMS-normalised flattened streams.
         hc_scale: float32 ``[1]``, times the logits.
         hc_base: float32 ``[M]``, added to them.
+        implementation: As in :func:`mhc_pre`.
 
     Returns:
         bfloat16 ``[..., H]``.
@@ -243,7 +276,9 @@ def hc_head(
         guards.check_dtype(name, tensor, torch.float32)
         guards.check_shape(name, tensor, shapes[name])
     guards.check_same_device(hidden_states=hidden_states, **given)
-    return reference.hc_head(hidden_states, hc_fn, hc_scale, hc_base, rms_norm_eps, hc_eps)
+    return _choose(implementation).hc_head(
+        hidden_states, hc_fn, hc_scale, hc_base, rms_norm_eps, hc_eps
+    )
 
 
 def hc_prenorm_gemm(
@@ -252,6 +287,8 @@ def hc_prenorm_gemm(
     out: torch.Tensor,
     sqrsum: torch.Tensor,
     n_splits: int = 1,
+    *,
+    implementation: Implementation = "reference",
 ) -> None:
     """Mix logits and squared norms of the flattened streams, in parts over the inner dimension.
 
@@ -265,6 +302,7 @@ def hc_prenorm_gemm(
         out: float32 ``[n_splits, T, N]``; written in full.
         sqrsum: float32 ``[n_splits, T]``; written in full.
         n_splits: Number of parts; it must divide K.
+        implementation: As in :func:`mhc_pre`, for any number of streams.
 
     Raises:
         ValueError: A shape, dtype or device is not one of these.
@@ -281,4 +319,4 @@ def hc_prenorm_gemm(
     guards.check_shape("out", out, (n_splits, "T", "N"), sizes)
     guards.check_shape("sqrsum", sqrsum, (n_splits, "T"), sizes)
     guards.check_same_device(**tensors)
-    reference.hc_prenorm_gemm(x, fn, out, sqrsum)
+    _choose(implementation).hc_prenorm_gemm(x, fn, out, sqrsum)

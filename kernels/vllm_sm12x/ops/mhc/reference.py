@@ -134,6 +134,18 @@ def mhc_post(
     return out.view(*outer, hc_mult, hidden_size)
 
 
+def mhc_fused_post_pre(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    post_layer_mix: torch.Tensor,
+    comb_res_mix: torch.Tensor,
+    *mapping_and_rest: object,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`mhc_post`, then :func:`mhc_pre` of its result; the last arguments are the latter's."""
+    streams = mhc_post(x, residual, post_layer_mix, comb_res_mix)
+    return streams, *mhc_pre(streams, *mapping_and_rest)
+
+
 def hc_head(
     hidden_states: torch.Tensor,
     hc_fn: torch.Tensor,

@@ -1,0 +1,216 @@
+"""Hyper-connections of one layer, DeepSeek V4 Flash's: ``mhc_fused_post_pre`` twice, with norms.
+
+``--native`` adds TileLang's kernels as vLLM calls them, with DeepGEMM's product where it is
+supported and without; that needs the whole of vLLM, and TileLang compiles for minutes. ``--try``
+times launch parameters that are not in the tables as well. Whatever is timed has just been compared
+with the definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from benchmarks import harness
+from vllm_sm12x import lowering
+from vllm_sm12x.ops.mhc import launch, reference
+from vllm_sm12x.ops.mhc.config import FinishConfig, MixConfig, configs
+
+M, H, OUTPUTS = 4, 4096, 24
+TOKENS = (1, 8, 24, 64, 512, 4096)
+# Epsilons of the mean square, the gates and the iteration, factor of the post weights, rounds.
+CONSTANTS = (1e-6, 1e-6, 1e-6, 2.0, 20)
+NORM_EPS = 1e-6
+
+# Bytes that the mappings of all input sets have together: several times the L2 cache, as those of
+# the 43 layers have.
+MAPPING_BYTES = 160 * 2**20
+
+Inputs = tuple[torch.Tensor, ...]
+Configs = tuple[MixConfig, FinishConfig]
+
+
+def draw(tokens: int, seed: int) -> Inputs:
+    """x, residual, post weights, mix matrices, mapping, its scale and base, the norm's weight."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    return (
+        normal(tokens, H).bfloat16(),
+        normal(tokens, M, H).bfloat16(),
+        torch.rand(tokens, M, 1, generator=generator, device="cuda"),
+        torch.rand(tokens, M, M, generator=generator, device="cuda") / M,
+        normal(OUTPUTS, M * H) / 64,
+        normal(3),
+        normal(OUTPUTS),
+        normal(H).bfloat16(),
+    )
+
+
+def ours(given: Inputs, config: Configs) -> tuple[torch.Tensor, ...]:
+    *first, weight = given
+    return launch.mhc_fused_post_pre(*first, *CONSTANTS, weight, NORM_EPS, config)
+
+
+def tilelang(deep_gemm: bool) -> Callable[[Inputs], tuple[torch.Tensor, ...]]:
+    """vLLM's own function; ``deep_gemm``: as on Hopper, otherwise as on SM12x."""
+    from vllm.model_executor.kernels.mhc import tilelang
+    from vllm.utils import deep_gemm as module
+
+    supported = module.is_deep_gemm_supported
+
+    def call(given: Inputs) -> tuple[torch.Tensor, ...]:
+        *first, weight = given
+        module.is_deep_gemm_supported = lambda: deep_gemm
+        try:
+            return tilelang.mhc_fused_post_pre_tilelang(
+                *first, *CONSTANTS, norm_weight=weight, norm_eps=NORM_EPS
+            )
+        finally:
+            module.is_deep_gemm_supported = supported
+
+    return call
+
+
+def worst_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest, over the results, of the error's root mean square over the definition's."""
+    return max(
+        float((a.float() - b.float()).square().mean().sqrt() / b.float().square().mean().sqrt())
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def variants(chosen: Configs, tokens: int) -> list[Configs]:
+    """Launch parameters to try, one thing changed at a time."""
+    mix, finish = chosen
+    change = dataclasses.replace
+    if tokens <= 16:
+        others = [
+            change(mix, splits=64),
+            change(mix, splits=32),
+            change(mix, block_h=64, splits=64, num_warps=4),
+            change(mix, num_warps=4),
+        ]
+        finishes = [change(finish, num_warps=4), change(finish, num_warps=16)]
+    elif tokens <= 64:
+        others = [
+            change(mix, splits=128),
+            change(mix, splits=32),
+            change(mix, block_t=16, splits=128, num_warps=2, num_stages=1),
+            change(mix, block_t=16, splits=64, num_warps=2, num_stages=1),
+        ]
+        finishes = [change(finish, mix_t=4), change(finish, num_warps=4)]
+    else:
+        others = [
+            change(mix, splits=mix.splits // 2),
+            change(mix, splits=mix.splits * 2),
+            change(mix, num_stages=2),
+            change(mix, block_t=32, num_warps=4, num_stages=2),
+            change(mix, block_t=32, num_warps=4, num_stages=3),
+            change(mix, block_t=32, num_warps=4, num_stages=1),
+            change(mix, block_t=128, num_stages=2),
+        ]
+        finishes = [
+            change(finish, num_warps=4),
+            change(finish, num_warps=16),
+            change(finish, mix_t=32),
+            change(finish, mix_t=4),
+        ]
+    return [(other, finish) for other in others] + [(mix, other) for other in finishes]
+
+
+def describe(config: Configs) -> str:
+    mix, finish = config
+    return (
+        f"{mix.block_t}x{mix.block_h} /{mix.splits} w{mix.num_warps} s{mix.num_stages}"
+        f", {finish.mix_t} w{finish.num_warps}"
+    )
+
+
+def needed_bytes(tokens: int) -> int:
+    """Of one layer: streams and outputs read, streams and inputs written, mapping; twice."""
+    streams, vector = 2 * tokens * M * H, 2 * tokens * H
+    return 2 * (2 * streams + 2 * vector + 4 * OUTPUTS * M * H)
+
+
+def bench(tokens: int, arguments, report: harness.Report) -> None:
+    number = max(4, MAPPING_BYTES // (4 * OUTPUTS * M * H)) if tokens <= 512 else 4
+    sets = [draw(tokens, seed) for seed in range(number)]
+    *first, weight = sets[0]
+    expected = reference.mhc_fused_post_pre(*first, *CONSTANTS, weight, NORM_EPS)
+    theirs: dict[str, Callable[[Inputs], object]] = {}
+    if arguments.native:
+        theirs = {"TileLang": tilelang(False), "TileLang, DeepGEMM": tilelang(True)}
+    for name in arguments.lowering or harness.LOWERINGS:
+        with harness.use_lowering(name):
+            chosen = configs(lowering.target_key(), tokens)
+            tried = [chosen, *(variants(chosen, tokens) if arguments.trying else ())]
+            calls = theirs | {
+                describe(config): functools.partial(ours, config=config) for config in tried
+            }
+            errors = right(calls, sets[0], expected)
+            # Two sets are one layer: it has two of these, and a mapping for each.
+            timings = harness.compare(
+                {
+                    label: [functools.partial(calls[label], given) for given in sets]
+                    for label in errors
+                },
+                repeats=9,
+            )
+        for label, timing in timings.items():
+            layer = harness.Timing(2 * timing.us, 2 * timing.us_p10, 2 * timing.us_p90)
+            report.row(
+                operation="mhc layer",
+                lowering="" if label in theirs else name,
+                tokens=tokens,
+                what=f"{label:>26}",
+                in_table=label == describe(chosen),
+                error=errors[label],
+                to_native=round(timings["TileLang"].us / timing.us, 3)
+                if "TileLang" in timings
+                else None,
+                **harness.rate(layer, nbytes=needed_bytes(tokens)),
+            )
+
+
+def right(
+    calls: dict[str, Callable[[Inputs], tuple[torch.Tensor, ...]]],
+    given: Inputs,
+    expected: Sequence[torch.Tensor],
+) -> dict[str, float]:
+    """Errors of the candidates that run and are right; what is wrong with the others is printed."""
+
+    def attempt(call):
+        try:
+            return worst_error(call(given), expected)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"[:300]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = dict(zip(calls, pool.map(attempt, calls.values()), strict=True))
+    for label, error in found.items():
+        # Results are bfloat16, and a layer's input is rounded twice.
+        if isinstance(error, str) or not error < 2**-7:
+            print(f"WRONG {label}: {error}")
+    return {label: e for label, e in found.items() if not isinstance(e, str) and e < 2**-7}
+
+
+def main() -> None:
+    parser = harness.argument_parser(__doc__)
+    parser.add_argument("--native", action="store_true", help="TileLang's kernels too")
+    parser.add_argument("--try", dest="trying", action="store_true", help="time more rows")
+    parser.add_argument("--tokens", type=int, action="append", help="may be repeated")
+    arguments = parser.parse_args()
+    report = harness.Report(arguments)
+    for tokens in arguments.tokens or TOKENS:
+        bench(tokens, arguments, report)
+
+
+if __name__ == "__main__":
+    main()

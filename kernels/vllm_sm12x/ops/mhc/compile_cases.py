@@ -1,0 +1,122 @@
+"""What the compile gate compiles of this operation; see :mod:`vllm_sm12x.proof.case`."""
+
+from __future__ import annotations
+
+from vllm_sm12x.ops.mhc.config import FINISH_TABLE, MIX_TABLE, POST_TABLE
+from vllm_sm12x.ops.mhc.kernel import finish_kernel, mix_kernel, post_kernel
+from vllm_sm12x.proof.case import CompileCase
+
+TABLES = (MIX_TABLE, FINISH_TABLE, POST_TABLE)
+
+_POINTERS = {
+    "x": "*bf16",
+    "residual": "*bf16",
+    "post": "*fp32",
+    "comb": "*fp32",
+    "fn": "*fp32",
+    "streams": "*bf16",
+    "products": "*fp32",
+    "squares": "*fp32",
+    "parts": "*fp32",
+    "scale": "*fp32",
+    "base": "*fp32",
+    "norm_weight": "*bf16",
+    "out": "*bf16",
+}
+_FLOATS = ("rms_eps", "gate_eps", "sinkhorn_eps", "post_value", "norm_eps")
+
+# DeepSeek V4 Flash's.
+_HIDDEN, _STREAMS = 4096, 4
+_MIXES, _HEAD = 24, 4
+
+# What each function makes: outputs of the mapping, columns of their tile, what is put back.
+_STEPS = {"pre": (_MIXES, 32, False), "fused": (_MIXES, 32, True), "head": (_HEAD, 8, False)}
+
+
+def cases() -> list[CompileCase]:
+    """Every row under an SM12x target, for each of the functions that use it."""
+    mix = [
+        _mix_case(f"mix {step} tokens={name}", row, *_STEPS[step], _STREAMS)
+        for name, row in _rows(MIX_TABLE)
+        for step in _STEPS
+    ]
+    name, row = next(_rows(MIX_TABLE))
+    mix.append(_mix_case(f"prenorm tokens={name}", row, _MIXES, 32, False, 1))
+    finish = [
+        _finish_case(name, row, MIX_TABLE["sm_120"][name].splits, step, normed)
+        for name, row in _rows(FINISH_TABLE)
+        for step, normed in (("pre", True), ("pre", False), ("head", False))
+    ]
+    (post,) = {row for target, row in POST_TABLE.items() if target != "sm_90"}
+    flags = {"HIDDEN": _HIDDEN, "BLOCK_H": post.block_h, "OVERLAP": True}
+    return [*mix, *finish, _case("post", post_kernel, flags, (), (), post, 1)]
+
+
+def _rows(table):
+    """Class of tokens and row, once where the targets share it."""
+    rows = {
+        (name, row): None
+        for target, classes in table.items()
+        if target != "sm_90"
+        for name, row in classes.items()
+    }
+    return iter(rows)
+
+
+def _mix_case(label, row, outputs, width, has_post, streams) -> CompileCase:
+    absent = () if has_post else ("x", "post", "comb", "streams")
+    flags = {
+        "HIDDEN": _HIDDEN * _STREAMS // streams,
+        "STREAMS": streams,
+        "OUTPUTS": outputs,
+        "BLOCK_OUT": width,
+        "BLOCK_T": row.block_t,
+        "BLOCK_H": row.block_h,
+        "HAS_POST": has_post,
+        "EVEN": True,
+        "OVERLAP": True,
+    }
+    instructions = ("HMMA.16816.F32.BF16",)
+    return _case(label, mix_kernel, flags, absent, instructions, row, row.num_stages)
+
+
+def _finish_case(name, row, splits, step, normed) -> CompileCase:
+    outputs, width, _ = _STEPS[step]
+    has_mixes = step != "head"
+    absent = () if normed else ("norm_weight",)
+    absent += () if has_mixes else ("post", "comb")
+    flags = {
+        "HIDDEN": _HIDDEN,
+        "BLOCK_H": _HIDDEN,
+        "OUTPUTS": outputs,
+        "BLOCK_OUT": width,
+        "SPLIT_SLOTS": splits,
+        "MIX_T": row.mix_t,
+        "HAS_MIXES": has_mixes,
+        "OVERLAP": True,
+    }
+    label = f"finish {step} tokens={name}" + (" norm" if normed else "")
+    return _case(label, finish_kernel, flags, absent, (), row, 1)
+
+
+def _case(label, kernel, flags, absent, instructions, row, num_stages) -> CompileCase:
+    constexprs = {**flags, **dict.fromkeys(absent)}
+    signature = {
+        name: _POINTERS.get(name, "fp32" if name in _FLOATS else "i32")
+        for name in kernel.arg_names
+        if name not in constexprs
+    }
+    return CompileCase(
+        label=label,
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=row.num_warps,
+        num_stages=num_stages,
+        instructions=instructions,
+        # The squares stand behind the products: no multiple of 16 bytes.
+        divisible_by_16=tuple(
+            name for name in signature if name in _POINTERS and name != "squares"
+        ),
+        configuration=row,
+    )
