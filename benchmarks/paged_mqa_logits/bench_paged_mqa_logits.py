@@ -146,34 +146,30 @@ def tilings(name: str) -> list[Row]:
     """What ``--try`` times beside the table's row, for a lowering."""
     if name == "native":
         return [
-            Row(128, 4, 5, 2),
-            Row(128, 4, 5, 3),
-            Row(128, 4, 5, 4),
-            Row(128, 4, 7, 2),
-            Row(64, 4, 5, 4),
-            Row(64, 4, 5, 6),
-            Row(64, 4, 7, 4),
-            Row(64, 4, 9, 3),
-            Row(256, 8, 5, 1),
-            Row(256, 8, 5, 2),
+            Row(2, 4, 5, 2),
+            Row(2, 4, 5, 3),
+            Row(2, 4, 5, 4),
+            Row(2, 4, 7, 2),
+            Row(1, 4, 5, 4),
+            Row(1, 4, 5, 6),
+            Row(1, 4, 7, 4),
+            Row(1, 4, 9, 3),
         ]
     return [
-        Row(128, 4, 5, 2),
-        Row(128, 4, 5, 3, 168),
-        Row(128, 4, 5, 4, 128),
-        Row(128, 4, 7, 2),
-        Row(128, 4, 7, 3, 168),
-        Row(64, 2, 5, 4),
-        Row(64, 2, 5, 5),
-        Row(64, 2, 5, 6, 168),
-        Row(64, 2, 7, 5),
-        Row(256, 8, 5, 1),
+        Row(2, 4, 5, 2),
+        Row(2, 4, 5, 3, 168),
+        Row(2, 4, 5, 4, 128),
+        Row(2, 4, 7, 2),
+        Row(1, 2, 5, 4),
+        Row(1, 2, 5, 5),
+        Row(1, 2, 5, 6, 168),
+        Row(1, 2, 7, 5),
     ]
 
 
 def describe(row: Row) -> str:
     bound = "" if row.maxnreg is None else f" r{row.maxnreg}"
-    return f"{row.block_n} w{row.num_warps} s{row.num_stages} p{row.programs}{bound}"
+    return f"{row.pages} w{row.num_warps} s{row.num_stages} p{row.programs}{bound}"
 
 
 def working(calls: dict[str, list[Call]]) -> dict[str, list[Call]]:

@@ -17,10 +17,10 @@ from vllm_sm12x.ops.paged_mqa_logits.config import TABLE
 
 ROWS = sorted(
     {(heads, row) for table in TABLE.values() for (heads, _), row in table.items()}
-    | {(64, config.Row(64, 1, 2, 1)), (32, config.Row(256, 1, 2, 1))},
+    | {(64, config.Row(1, 2, 2, 1)), (32, config.Row(2, 4, 2, 1))},
     key=repr,
 )
-# Around every edge of a page and of a tile of two and of four pages.
+# Around every edge of a page and of a tile of two pages.
 LENS = [[0], [1], [63], [64], [65], [127], [128], [129], [-1], [191], [192], [256], [257], [300]]
 
 

@@ -103,15 +103,14 @@ def logits_kernel(
     head = (pair % HEADS).to(tl.int64)
     # Named here, the stages count for all loads of the loop, not for the product's operand alone.
     for step in tl.range(first, last, BLOCK_Q, num_stages=STAGES):
-        # Beyond the last token: the first once more, not stored.
+        # Beyond the last token: the first once more.
         now = step + pair // HEADS
         now = tl.where(now < last, now, first).to(tl.int64)
         queries = tl.load(q + (now * q_token + head * q_head)[:, None] + dim[None, :])
         factor = tl.load(weights + now * weights_token + head * weights_head)
-        row_inside = step + which < last
-        row = tl.where(row_inside, step + which, first).to(tl.int64)
+        row = tl.where(step + which < last, step + which, first).to(tl.int64)
         start = tl.load(ks + row * ks_stride)
-        end = tl.where(row_inside, tl.load(ke + row * ke_stride), 0)
+        end = tl.load(ke + row * ke_stride)
 
         scores = dot(tile, tl.trans(queries), tl.zeros([BLOCK_N, BLOCK_Q * HEADS], tl.float32))
         scores = tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL) * factor[None, :]

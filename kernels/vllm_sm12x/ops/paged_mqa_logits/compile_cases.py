@@ -44,12 +44,12 @@ def cases() -> list[CompileCase]:
 def _case(heads: int, row: Row) -> CompileCase:
     constexprs = {
         "HEADS": heads,
-        "BLOCK_N": row.block_n,
+        "PAGES": row.pages,
         "STAGES": row.num_stages,
         "weights_head": 1,
     }
     bound = "" if row.maxnreg is None else f" maxnreg={row.maxnreg}"
-    tiling = f"keys={row.block_n} programs={row.programs}{bound}"
+    tiling = f"pages={row.pages} programs={row.programs}{bound}"
     return CompileCase(
         label=f"decode logits heads={heads} {tiling}",
         kernel=paged_logits_kernel,

@@ -22,24 +22,24 @@ class Row:
     """How one program of the kernel works.
 
     Attributes:
-        block_n: Keys a tile, 32 for each warp, so that a warp has all heads of its keys and sums
-            over them without another warp's help.
-        num_warps: Warps a block.
+        pages: Pages of 64 keys in a tile, 1 or 2.
+        num_warps: Warps a block; two for each page, so that a warp has all heads of its 32 keys and
+            sums over them without another warp's help. Hopper's own instructions take four warps.
         num_stages: Of the software pipeline. Half of them go to the page numbers, which the keys
             wait for: with 5, two tiles of keys are in shared memory or on the way there.
         programs: Programs a multiprocessor that the number of splits aims at; no more than fit.
         maxnreg: Bound on the registers a thread; None for no bound.
     """
 
-    block_n: int
+    pages: int
     num_warps: int
     num_stages: int
     programs: int
     maxnreg: int | None = None
 
 
-_FEW = Row(block_n=128, num_warps=4, num_stages=5, programs=3)
-_MANY = Row(block_n=128, num_warps=4, num_stages=5, programs=3)
+_FEW = Row(pages=2, num_warps=4, num_stages=5, programs=3)
+_MANY = Row(pages=2, num_warps=4, num_stages=5, programs=3)
 
 _ROWS = {(heads, rows): _FEW if rows == "few" else _MANY for heads in HEADS for rows in ROWS}
 

@@ -1,7 +1,7 @@
 """Paged indexer logits of a decode step in Triton: the keys of a query token split over programs.
 
 A program takes one query token and every ``splits``-th tile of its keys. Its queries
-(``[heads, 128]``) stay; page numbers, and then tiles of ``BLOCK_N`` keys, are copied to shared
+(``[heads, 128]``) stay; page numbers, and then tiles of one or two pages, are copied to shared
 memory ahead of their use. How many tiles there are follows from the length
 in device memory: a program without a tile ends at once, and nothing is read back to the host.
 
@@ -19,10 +19,16 @@ import triton.language as tl
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.interpreter import INTERPRETED, dot
 from vllm_sm12x.ops.paged_mqa_logits import config
-from vllm_sm12x.ops.paged_mqa_logits.layout import BLOCK_SIZE, HEAD_DIM, TOKEN_BYTES
+from vllm_sm12x.ops.paged_mqa_logits.layout import (
+    BLOCK_SIZE,
+    HEAD_DIM,
+    SCALE_BYTES,
+    TOKEN_BYTES,
+)
 
 _HEAD_DIM = tl.constexpr(HEAD_DIM)
 _BLOCK_SIZE = tl.constexpr(BLOCK_SIZE)
+_SCALE_BYTES = tl.constexpr(SCALE_BYTES)
 _KEY_BYTES = tl.constexpr(BLOCK_SIZE * HEAD_DIM)
 
 # These change from call to call, or are 1 in one call and not in the next: a kernel for each of
@@ -43,11 +49,15 @@ _VARIABLE = [
 
 
 @triton.jit
-def _load_pages(table, key, length, blocks):
-    """Page of each of these keys, int32 ``[BLOCK_N]``; -1 beyond the length and for no page."""
-    inside = key < length
-    page = tl.load(table + tl.where(inside, key, 0) // _BLOCK_SIZE, mask=inside, other=-1)
-    return tl.where((page >= 0) & (page < blocks), page, -1)
+def _page(cache, page_bytes, blocks, table, page, length):
+    """Where a page of a request lies, and whether it is to be read: if not, where page 0 lies.
+
+    No address outside a tensor is formed, not even one that a mask switches off.
+    """
+    used = page * _BLOCK_SIZE < length
+    number = tl.load(table + tl.where(used, page, 0), mask=used, other=-1)
+    valid = (number >= 0) & (number < blocks)
+    return cache + tl.where(valid, number, 0).to(tl.int64) * page_bytes, valid
 
 
 @triton.jit(do_not_specialize=_VARIABLE)
@@ -74,7 +84,7 @@ def paged_logits_kernel(
     table_row,
     out_row,
     HEADS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PAGES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Logits of one query token for the tiles ``split``, ``split + splits`` and so on.
@@ -91,8 +101,10 @@ def paged_logits_kernel(
         most_keys: The lesser of ``max_model_len`` and what ``pages`` hold.
         lens_behind: How many keys fewer a query token sees than the next one, where ``lens`` is the
             last one's; else 0.
+        PAGES: Of a tile, 1 or 2.
         STAGES: Of the software pipeline.
     """
+    BLOCK_N: tl.constexpr = PAGES * _BLOCK_SIZE
     split = tl.program_id(0) % splits
     row = (tl.program_id(0) // splits).to(tl.int64)
     request = row // next_n
@@ -100,7 +112,7 @@ def paged_logits_kernel(
     length = tl.load(lens + request * lens_request + token * lens_token)
     length -= ((next_n - 1 - token) * lens_behind).to(tl.int32)
     length = tl.minimum(length, most_keys)
-    tiles = tl.cdiv(tl.maximum(length, 0), BLOCK_N)
+    tiles = tl.cdiv(length, BLOCK_N)  # none for a negative length
     if split < tiles:
         table += request * table_row
         out += row * out_row
@@ -114,22 +126,25 @@ def paged_logits_kernel(
 
         # Named here, the stages count for all loads: the page numbers', the keys', the scales'.
         for tile in tl.range(split, tiles, splits, num_stages=STAGES):
-            key = tile * BLOCK_N + entry
-            page_number = _load_pages(table, key, length, blocks)
-            valid = page_number >= 0
-            # No address outside a tensor is formed, not even by lanes that a mask switches off.
-            page = cache + tl.where(valid, page_number, 0).to(tl.int64) * page_bytes
+            page, valid = _page(cache, page_bytes, blocks, table, tile * PAGES, length)
+            valid = valid & (entry >= 0)
+            if PAGES == 2:
+                next_page = _page(cache, page_bytes, blocks, table, tile * PAGES + 1, length)
+                page = tl.where(entry < _BLOCK_SIZE, page, next_page[0])
+                valid = tl.where(entry < _BLOCK_SIZE, valid, next_page[1])
             keys = tl.load(
-                page.to(tl.pointer_type(tl.float8e4nv))[:, None]
-                + (offset[:, None] * _HEAD_DIM + dim[None, :]),
+                (page + offset * _HEAD_DIM).to(tl.pointer_type(tl.float8e4nv))[:, None] + dim,
                 mask=valid[:, None],
                 other=0.0,
             )
             scale = tl.load(
-                (page + _KEY_BYTES).to(tl.pointer_type(tl.float32)) + offset, mask=valid, other=0.0
+                (page + _KEY_BYTES + offset * _SCALE_BYTES).to(tl.pointer_type(tl.float32)),
+                mask=valid,
+                other=0.0,
             )
             scores = dot(keys, queries, tl.zeros([BLOCK_N, HEADS], tl.float32))
             scores = tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL) * factor[None, :]
+            key = tile * BLOCK_N + entry
             inside = key < length
             tl.store(out + tl.where(inside, key, 0), tl.sum(scores, 1) * scale, mask=inside)
 
@@ -173,7 +188,7 @@ def fp8_paged_mqa_logits(
     if rows == 0 or most_keys == 0:
         return logits
     if splits is None:
-        splits = config.splits(row, rows, triton.cdiv(most_keys, row.block_n), target)
+        splits = config.splits(row, rows, triton.cdiv(most_keys, BLOCK_SIZE * row.pages), target)
     per_token = context_lens.dim() == 2
     # The stride of a dimension of size 1 means nothing.
     page_bytes = kv_cache.stride(0) if kv_cache.shape[0] > 1 else BLOCK_SIZE * TOKEN_BYTES
@@ -200,7 +215,7 @@ def fp8_paged_mqa_logits(
         block_tables.stride(0),
         logits.stride(0),
         HEADS=heads,
-        BLOCK_N=row.block_n,
+        PAGES=row.pages,
         STAGES=row.num_stages,
         num_warps=row.num_warps,
         num_stages=row.num_stages,
