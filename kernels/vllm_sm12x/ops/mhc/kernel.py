@@ -225,14 +225,9 @@ def _load_mix(
     in_splits = split < splits
     row = token[:, None] * splits + tl.where(in_splits, split, 0)[None, :]
     output = tl.arange(0, BLOCK_OUT)
-    sums = tl.sum(
-        tl.load(
-            parts + row[:, :, None] * BLOCK_OUT + output[None, None, :],
-            mask=in_splits[None, :, None] & (output <= OUTPUTS)[None, None, :],
-            other=0.0,
-        ),
-        1,
-    )
+    # Columns behind the squares hold anything. No one looks at them, and loads stay wide.
+    place = parts + row[:, :, None] * BLOCK_OUT + output[None, None, :]
+    sums = tl.sum(tl.load(place, mask=in_splits[None, :, None], other=0.0), 1)
     # The sum of the squares stands behind the products.
     mean_square = _column(sums, OUTPUTS) / (_STREAMS * HIDDEN)
     return sums * tl.rsqrt(mean_square + rms_eps)[:, None]
@@ -241,7 +236,8 @@ def _load_mix(
 @triton.jit
 def _share(a, b, c, d, eps):
     """Each divided by their sum plus eps."""
-    inverse = 1.0 / (a + b + c + d + eps)
+    # In pairs: the iteration is one long chain of these.
+    inverse = 1.0 / (((a + b) + (c + d)) + eps)
     return a * inverse, b * inverse, c * inverse, d * inverse
 
 
@@ -291,7 +287,8 @@ def _make_input(
     """The layer's input of one token."""
     column = tl.arange(0, BLOCK_H)
     inside = column < HIDDEN
-    column = tl.where(inside, column, 0)
+    if HIDDEN < BLOCK_H:
+        column = tl.where(inside, column, 0)
     place = streams + token * (_STREAMS * HIDDEN) + column
     s0 = tl.load(place, mask=inside, other=0.0)
     s1 = tl.load(place + HIDDEN, mask=inside, other=0.0)
@@ -484,7 +481,8 @@ def post_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = column < HIDDEN
-    column = tl.where(inside, column, 0)
+    if HIDDEN % BLOCK_H != 0:
+        column = tl.where(inside, column, 0)
     place = token * (_STREAMS * HIDDEN) + column
     output_of_layer = tl.load(x + token * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
     s0 = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
