@@ -50,5 +50,6 @@ def _case(name: str, config: EinsumConfig, scale: str) -> CompileCase:
         num_stages=config.num_stages,
         instructions=("QMMA.16832.F32.E4M3.E4M3",),
         divisible_by_16=_DIVISIBLE_BY_16,
+        maxnreg=config.maxnreg,
         configuration=config,
     )

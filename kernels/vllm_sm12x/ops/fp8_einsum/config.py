@@ -21,6 +21,7 @@ class EinsumConfig:
         num_warps: Warps a block.
         num_stages: Tiles of 128 inputs that are being copied or worked on; one fewer is held in
             shared memory where the matrix instruction reads registers (SM12x).
+        maxnreg: Bound on the registers a thread; None for no bound.
     """
 
     block_t: int
@@ -28,6 +29,7 @@ class EinsumConfig:
     weights_first: bool
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 # Upper ends of the classes of tokens, inclusive; "chunk" takes every larger number.

@@ -186,5 +186,6 @@ def fp8_einsum_bhr_hdr(
         WEIGHTS_FIRST=config.weights_first,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
         **lowering.launch_options(capability),
     )
