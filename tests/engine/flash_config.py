@@ -9,10 +9,6 @@ from pathlib import Path
 # model has [0, 0] + [4, 128] * 20 + [4], and one more entry for its MTP layer.
 COMPRESS_RATIOS = (0, 4, 128, 4, 128)
 
-# Standard deviation of the logits that the made weights give: greedy text that does not hang on
-# rounding.
-LOGIT_STD = 4.0
-
 # The first layers of the published model route by a table of token ids; one suffices here.
 HASH_LAYERS = 1
 

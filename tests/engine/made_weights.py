@@ -16,7 +16,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from flash_config import LOGIT_STD
+from drawing import Kind, distinct_experts, draw
 
 LOAD_FORMAT = "made"
 
@@ -42,17 +42,13 @@ def make_parameter(name: str, parameter: torch.Tensor) -> None:
     generator = torch.Generator(device=parameter.device)
     generator.manual_seed(zlib.crc32(name.encode()))
 
-    def normal(std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-        drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-        return drawn * std + mean
-
     leaf = name.rsplit(".", 1)[-1]
     fan_in = parameter.shape[-1]
     if leaf == "tid2eid":
-        # Distinct experts for each token id, as the table of the checkpoint has.
-        parameter.copy_(_distinct_experts(parameter, generator))
+        parameter.copy_(distinct_experts(*parameter.shape, 256, generator, parameter.device))
     elif parameter.dtype == torch.float8_e4m3fn:
-        parameter.copy_(normal(_FP8_RMS).clamp(-448, 448).to(parameter.dtype))
+        drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        parameter.copy_((drawn * _FP8_RMS).clamp(-448, 448).to(parameter.dtype))
     elif parameter.dtype == torch.float8_e8m0fnu:
         # A scale covers 128 inputs.
         byte = _E8M0_BIAS + _exponent(_FP8_RMS, 128 * fan_in)
@@ -65,33 +61,30 @@ def make_parameter(name: str, parameter: torch.Tensor) -> None:
         parameter.random_(0, 256, generator=generator)
     elif not parameter.is_floating_point():
         raise ValueError(f"{name}: {parameter.dtype} {tuple(parameter.shape)} is not made here")
-    elif leaf == "attn_sink":
-        parameter.copy_(normal())
-    elif leaf.startswith("hc_") and leaf.endswith("_scale"):
-        parameter.fill_(1.0)
-    elif leaf.startswith("hc_") and leaf.endswith("_base"):
-        parameter.copy_(normal(0.5))
-    elif leaf == "e_score_correction_bias":
-        parameter.copy_(normal(0.02))
-    elif leaf == "ape":
-        parameter.copy_(normal(0.1))
-    elif parameter.dim() == 1:
-        parameter.copy_(normal(0.1, mean=1.0))
-    elif "embed_tokens" in name:
-        parameter.copy_(normal())
-    elif "lm_head" in name or "shared_head" in name:
-        parameter.copy_(normal(LOGIT_STD / math.sqrt(fan_in)))
     else:
-        parameter.copy_(normal(1 / math.sqrt(fan_in)))
+        kind = _kind(name, leaf, parameter.dim())
+        parameter.copy_(draw(kind, parameter.shape, generator, parameter.device))
 
 
-def _distinct_experts(table: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    tokens, top_k = table.shape
-    first = torch.randint(0, 256, (tokens, 1), generator=generator, device=table.device)
-    # Odd steps visit all 256 experts before they repeat.
-    step = 2 * torch.randint(0, 128, (tokens, 1), generator=generator, device=table.device) + 1
-    place = torch.arange(top_k, device=table.device)
-    return ((first + step * place) % 256).to(table.dtype)
+def _kind(name: str, leaf: str, dimensions: int) -> Kind:
+    named: dict[str, Kind] = {
+        "attn_sink": "sink",
+        "e_score_correction_bias": "router_bias",
+        "ape": "position_bias",
+    }
+    if leaf in named:
+        return named[leaf]
+    if leaf.startswith("hc_") and leaf.endswith("_scale"):
+        return "hc_scale"
+    if leaf.startswith("hc_") and leaf.endswith("_base"):
+        return "hc_base"
+    if dimensions == 1:
+        return "norm"
+    if "embed_tokens" in name:
+        return "embedding"
+    if "lm_head" in name or "shared_head" in name:
+        return "head"
+    return "linear"
 
 
 @register_model_loader(LOAD_FORMAT)

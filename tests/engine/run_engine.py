@@ -31,7 +31,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from flash_config import LOGIT_STD, write_config
+from drawing import LOGIT_STD
+from flash_config import write_config
 
 HERE = Path(__file__).resolve().parent
 PROMPT_LENGTHS = (1, 5, 127, 130, 700, 3000)
