@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["lint", "checks", "wheel", "suite"]
+Kind = Literal["lint", "checks", "wheel", "gates", "suite"]
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,9 @@ class Part:
     """One row of the closing table.
 
     ``kind`` says how it runs. ``lint``: ruff. ``checks``: pytest of ``tests/NAME`` with the stack
-    tool's requirements. ``wheel``: pytest of ``tests/NAME`` with the wheel installed. ``suite``:
-    upstream's own tests with the wheel installed.
+    tool's requirements. ``wheel``: pytest of ``tests/NAME`` with the wheel installed. ``gates``:
+    pytest of ``tests/NAME`` with the validation suite's requirements; the wheel's environment lies
+    beside it. ``suite``: upstream's own tests with the wheel installed.
     """
 
     name: str
@@ -32,7 +33,9 @@ PARTS = (
     Part("upstream", "checks", "each touched file has its upstream tests named; the comparison"),
     Part("dispatch", "wheel", "every patched function is inert where it must be"),
     Part("kernels", "wheel", "every operation equals its definition; every kernel fits SM12x"),
+    Part("checkpoint", "wheel", "made checkpoints load, whole, through vLLM's own loader"),
     Part("engine", "wheel", "the tools of the engine's run on a GPU"),
+    Part("gates", "gates", "the validation suite measures what was played, whatever a server does"),
     Part("upstream-suite", "suite", "upstream's CPU tests: none worse than with its own wheel"),
 )
 NAMES = tuple(part.name for part in PARTS)

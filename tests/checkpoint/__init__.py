@@ -1,0 +1,1 @@
+"""Makes DeepSeek V4 checkpoints of any depth and width, laid out as the published ones are."""
