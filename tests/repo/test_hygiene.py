@@ -157,7 +157,9 @@ def python_files(*folders):
     return [name for name in texts() if name.endswith(".py") and name.startswith(folders)]
 
 
-@pytest.mark.parametrize("folder", ["stack/", "kernels/", "tests/rings/", "tests/upstream/"])
+@pytest.mark.parametrize(
+    "folder", ["gates/", "stack/", "kernels/", "tests/rings/", "tests/upstream/"]
+)
 def test_modules_and_public_functions_have_docstrings(folder):
     missing = []
     for name in python_files(folder):
@@ -242,7 +244,14 @@ def requirements(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["stack/requirements.txt", "tests/requirements.txt", "tests/requirements-checks.txt"]
+    "name",
+    [
+        "gates/requirements.txt",
+        "stack/requirements.txt",
+        "tests/requirements.txt",
+        "tests/requirements-checks.txt",
+        "tests/requirements-gates.txt",
+    ],
 )
 def test_requirements_are_pinned_by_digest(name):
     entries = re.split(r"\n(?=[A-Za-z0-9])", texts()[name].partition("\n")[2].replace("\\\n", " "))
@@ -251,12 +260,17 @@ def test_requirements_are_pinned_by_digest(name):
     assert [e.split()[0] for e in entries if "==" not in e or "--hash=sha256:" not in e] == []
 
 
-def test_requirements_of_the_checks_agree_with_the_tools():
-    ours, tools = (
-        requirements("tests/requirements-checks.txt"),
-        requirements("stack/requirements.txt"),
-    )
-    assert {n: (ours[n], tools[n]) for n in ours.keys() & tools.keys() if ours[n] != tools[n]} == {}
+@pytest.mark.parametrize(
+    ("tests", "tools"),
+    [
+        ("tests/requirements-checks.txt", "stack/requirements.txt"),
+        ("tests/requirements-gates.txt", "gates/requirements.txt"),
+    ],
+)
+def test_requirements_of_the_checks_agree_with_the_tools(tests, tools):
+    ours, theirs = requirements(tests), requirements(tools)
+    shared = ours.keys() & theirs.keys()
+    assert {n: (ours[n], theirs[n]) for n in shared if ours[n] != theirs[n]} == {}
 
 
 def locks():

@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     elif args.python:
         chosen = [part for part in chosen if part.kind == "wheel"]
     elif args.k and not args.only:
-        chosen = [part for part in chosen if part.kind in ("checks", "wheel")]
+        chosen = [part for part in chosen if part.kind in ("checks", "wheel", "gates")]
     if not chosen:
         raise StackError(
             f"none of {', '.join(args.only)} is run by this", f"what is: {', '.join(GPU_PARTS)}"
@@ -123,7 +123,12 @@ def _prepare(kinds: set[str]) -> None:
             "check environment .build/check-env",
             lambda: environment.make_check_env(interpreter, uv),
         )
-    if kinds & {"wheel", "suite"}:
+    if "gates" in kinds:
+        _step(
+            "suite environment .build/gates-env",
+            lambda: environment.make_gates_env(interpreter, uv),
+        )
+    if kinds & {"wheel", "suite", "gates"}:
         arch = environment.architecture()
         lock = environment.lock_for(interpreter, arch)
         wheel = _step("the wheel", lambda: environment.build_wheel(interpreter, arch))

@@ -1,8 +1,8 @@
 """The environments that the tests run in: made once, reused while what they hold is unchanged.
 
-Two of them, so that neither side's packages decide the other's: ``.build/check-env`` is the stack
-tool's own requirements with pytest and the linters, ``.build/test-env`` is the wheel as a user
-installs it, with its lock and pytest.
+Three of them, so that no side's packages decide another's: ``.build/check-env`` is the stack tool's
+own requirements with pytest and the linters, ``.build/gates-env`` is the validation suite's with
+pytest, ``.build/test-env`` is the wheel as a user installs it, with its lock and pytest.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from stack.errors import StackError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK_ENV = ROOT / ".build" / "check-env"
+GATES_ENV = ROOT / ".build" / "gates-env"
 TEST_ENV = ROOT / ".build" / "test-env"
 TOOL_REQUIREMENTS = ROOT / "stack" / "requirements.txt"
 CHECK_REQUIREMENTS = ROOT / "tests" / "requirements-checks.txt"
+GATES_REQUIREMENTS = ROOT / "gates" / "requirements.txt"
+GATES_TEST_REQUIREMENTS = ROOT / "tests" / "requirements-gates.txt"
 TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
 OLDEST, NEWEST = (3, 10), (3, 14)
 ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
@@ -126,15 +129,25 @@ def make_tools() -> Path:
 
 def make_check_env(interpreter: Interpreter, uv: Path) -> str:
     """Bring ``.build/check-env`` up to date and return what was done, in a word."""
-    wanted = digest([TOOL_REQUIREMENTS, CHECK_REQUIREMENTS], *_identity(interpreter)) + "\n"
-    if _stamp(CHECK_ENV) == wanted:
+    return _make_locked(CHECK_ENV, [TOOL_REQUIREMENTS, CHECK_REQUIREMENTS], interpreter, uv)
+
+
+def make_gates_env(interpreter: Interpreter, uv: Path) -> str:
+    """Bring ``.build/gates-env`` up to date and return what was done, in a word."""
+    return _make_locked(GATES_ENV, [GATES_REQUIREMENTS, GATES_TEST_REQUIREMENTS], interpreter, uv)
+
+
+def _make_locked(
+    folder: Path, requirements: Sequence[Path], interpreter: Interpreter, uv: Path
+) -> str:
+    """An environment of files that pin every package by digest."""
+    wanted = digest(requirements, *_identity(interpreter)) + "\n"
+    if _stamp(folder) == wanted:
         return "unchanged"
-    _fresh(CHECK_ENV, interpreter, uv)
-    _install(
-        *(uv, CHECK_ENV, "the checks' requirements were not installed", "--require-hashes"),
-        *("--requirement", TOOL_REQUIREMENTS, "--requirement", CHECK_REQUIREMENTS),
-    )
-    (CHECK_ENV / STAMP).write_text(wanted)
+    _fresh(folder, interpreter, uv)
+    files = [part for path in requirements for part in ("--requirement", path)]
+    _install(uv, folder, f"{folder.name} was not installed", "--require-hashes", *files)
+    (folder / STAMP).write_text(wanted)
     return "made"
 
 

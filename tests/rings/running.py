@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.rings.environment import CHECK_ENV, ROOT, TEST_ENV
+from tests.rings.environment import CHECK_ENV, GATES_ENV, ROOT, TEST_ENV
 from tests.rings.outcomes import FAILED, PASSED, SKIPPED, ended, read
 from tests.rings.parts import Part
 from tests.rings.report import Result, judged
@@ -84,7 +84,9 @@ def environment_of(part: Part, gpu: bool) -> dict[str, str]:
 
 
 def _pytest(part: Part, selection: Selection, log: Path | None, gpu: bool) -> tuple[Result, int]:
-    python = selection.python if part.kind == "wheel" else CHECK_ENV / "bin" / "python"
+    python = selection.python
+    if part.kind != "wheel":
+        python = (GATES_ENV if part.kind == "gates" else CHECK_ENV) / "bin" / "python"
     report = OUTCOMES / f"{part.name}.jsonl"
     report.unlink(missing_ok=True)
     command = [

@@ -93,7 +93,7 @@ def test_the_gpu_is_hidden_from_ring_0_alone(monkeypatch):
 def test_every_folder_with_tests_is_a_part():
     tracked = git("ls-files", "tests", cwd=ROOT).lines
     folders = {path.split("/")[1] for path in tracked if Path(path).match("test_*.py")}
-    pytest_parts = {part.name for part in PARTS if part.kind in ("checks", "wheel")}
+    pytest_parts = {part.name for part in PARTS if part.kind in ("checks", "wheel", "gates")}
     assert folders == pytest_parts
     assert len(set(NAMES)) == len(NAMES)
 

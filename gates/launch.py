@@ -1,0 +1,96 @@
+"""Start the server of a run, wait until it answers, and stop it at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gates import server
+from stack.errors import StackError
+
+POLL_S = 0.25
+STOP_S = 30.0
+TAIL_LINES = 5
+
+
+@asynccontextmanager
+async def launched(
+    command: Sequence[str],
+    http: httpx.AsyncClient,
+    log: Path,
+    within_s: float,
+    say: Callable[[str], None],
+) -> AsyncIterator[dict[str, Any] | None]:
+    """The server of a command while the block runs: how long its start took, and its log.
+
+    Gives None where the command is empty. Whatever ends the block, the server and its children
+    are ended.
+
+    Raises:
+        StackError: Something answers there already, the program is missing, it ended, or it was
+            not ready in time; the last lines of its log are in the message.
+    """
+    if not command:
+        yield None
+        return
+    if await server.healthy(http):
+        raise StackError(
+            f"a server answers at {http.base_url} already", "stop it, or leave the command out"
+        )
+    log.parent.mkdir(parents=True, exist_ok=True)
+    say(f"starting {command[0]}; its log: {log}")
+    with log.open("ab") as output:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise StackError(f"{command[0]} did not start: {error}", "check the command") from error
+    try:
+        while not await server.healthy(http):
+            if process.returncode is not None:
+                raise StackError(
+                    f"the server ended with status {process.returncode}: {_tail(log)}",
+                    f"read {log}",
+                )
+            if loop.time() - began > within_s:
+                raise StackError(f"no server after {within_s:g} s: {_tail(log)}", f"read {log}")
+            await asyncio.sleep(POLL_S)
+        ready = loop.time() - began
+        say(f"the server answers after {ready:.1f} s")
+        yield {"ready_s": round(ready, 3), "log": str(log), "command": list(command)}
+    finally:
+        await _stop(process)
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return " / ".join(line.strip() for line in lines[-TAIL_LINES:] if line.strip()) or "no output"
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """End the process group: asked first, then made to."""
+    for how, wait in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, None)):
+        if process.returncode is not None:
+            return
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            return
+        try:
+            await asyncio.wait_for(process.wait(), wait)
+        except asyncio.TimeoutError:
+            continue

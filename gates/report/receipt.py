@@ -1,0 +1,141 @@
+"""The receipt of a run: build, GPUs, driver, NCCL, settings, and what was not run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gates.results import results
+from gates.store import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ("vllm", "torch", "triton", "nvidia-nccl-cu13", "flashinfer-python", "httpx", "lm-eval")
+
+
+def machine() -> dict[str, Any]:
+    """This machine, as far as it says: system, Python, GPUs and driver, versions, this checkout."""
+    found: dict[str, Any] = {
+        "system": platform.platform(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "gates_commit": _commit(),
+        "packages": {name: found for name in LIBRARIES if (found := version(name))},
+    }
+    found.update(gpus())
+    return found
+
+
+def version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def gpus() -> dict[str, Any]:
+    """The driver and its GPUs by NVML; what it says where there are none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return {"gpus": [], "gpu_error": str(error)}
+    try:
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            gpu = {
+                "name": _text(pynvml.nvmlDeviceGetName(handle)),
+                "capability": f"{major}.{minor}",
+            }
+            try:
+                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                gpu |= {"memory_bytes": memory.total, "free_bytes": memory.free}
+            except pynvml.NVMLError:  # GB10 shares the system's memory and has none of its own
+                gpu |= {"memory_bytes": None, "free_bytes": None}
+            found.append(gpu)
+        return {
+            "gpus": found,
+            "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
+            "cuda_driver": pynvml.nvmlSystemGetCudaDriverVersion_v2(),
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _commit() -> str:
+    """The commit of this checkout, with ``+changes`` where files differ; empty outside of git."""
+    from stack.errors import StackError
+    from stack.git import git
+
+    try:
+        commit = git("rev-parse", "HEAD", cwd=ROOT).text
+        return commit + ("+changes" if git("status", "--porcelain", cwd=ROOT).text else "")
+    except (StackError, OSError, subprocess.SubprocessError):
+        return ""
+
+
+def facts(folder: RunFolder) -> list[list[str]]:
+    """The rows of the report's head: what was measured, on what, when."""
+    about = folder.about
+    here, server = about["machine"], about["server"]
+    gpus = [f"{gpu['name']} ({gpu['capability']})" for gpu in here.get("gpus", [])]
+    rows = [
+        ["Server", f"{server['model']}, {_server(server)}"],
+        ["Variant", about.get("variant") or "not named"],
+        ["Profile", f"{about['profile']['title']}, size {about['size']}"],
+        ["GPUs of the machine that measured", ", ".join(gpus) or "none seen"],
+        ["Driver", str(here.get("driver", "none seen"))],
+        [
+            "Packages of the machine that measured",
+            ", ".join(f"{name} {number}" for name, number in here["packages"].items()),
+        ],
+        [
+            "Serve command",
+            " ".join(about.get("serve") or []) or "not known: the server ran already",
+        ],
+        ["Begun", about["started"]],
+    ]
+    return rows
+
+
+def _server(server: dict[str, Any]) -> str:
+    said = [f"vLLM {server['version']}" if server["version"] else "not vLLM, or it does not say"]
+    if server["max_model_len"]:
+        said.append(f"at most {server['max_model_len']:,} tokens")
+    if server["prefix_cache"] is not None:
+        said.append("prefix cache " + ("on" if server["prefix_cache"] else "off"))
+    if server["speculation"] is not None:
+        said.append("drafting " + ("on" if server["speculation"] else "off"))
+    return ", ".join(said)
+
+
+def receipt(folder: RunFolder) -> dict[str, Any]:
+    """All of it as data: what the run was, and the verdict of each gate."""
+    gates = [
+        {
+            "gate": result.gate.name,
+            "status": result.status,
+            "why": result.why,
+            "warnings": result.warnings,
+            "left_out": result.left_out,
+        }
+        for result in results(folder)
+    ]
+    about = {key: value for key, value in folder.about.items() if key not in ("gates", "order")}
+    return {**about, "gates": gates, "not_run": [g for g in gates if g["status"] == "not run"]}
+
+
+def written(folder: RunFolder) -> None:
+    """Save the receipt in the run's folder as ``receipt.json``."""
+    folder.save("receipt.json", json.dumps(receipt(folder), indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,123 @@
+"""The tables of a report, apart from how they are written: headings and cells of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gates.report.format import shown, spread
+from gates.results import GateResult, RowResult, expected_of
+from gates.spec import Column
+
+SPREAD = ("ttft_mean", "decode_mean", "output_tok_s", "itl_p99")
+UNITS = {"ttft_mean": "s", "decode_mean": "tok/s", "output_tok_s": "tok/s", "itl_p99": "ms"}
+NAMES = {
+    "ttft_mean": "TTFT",
+    "decode_mean": "Decode tok/s",
+    "output_tok_s": "Output tok/s",
+    "itl_p99": "ITL p99",
+}
+
+
+@dataclass
+class Table:
+    """Headings and rows; ``right`` says which columns hold numbers."""
+
+    heads: list[str]
+    rows: list[list[str]]
+    right: list[bool]
+
+
+@dataclass
+class Variant:
+    """The result of one gate in one run, under the run's label (``MTP=2``)."""
+
+    label: str
+    profile: str
+    result: GateResult
+
+
+def value(row: RowResult, column: Column) -> Any:
+    """What a column shows of a row: a part of its key, or a figure."""
+    return row.key.get(column.figure, row.figures.get(column.figure))
+
+
+def main_table(variants: Sequence[Variant]) -> Table:
+    """The gate's own table; a column says the variant where the runs have one."""
+    columns = variants[0].result.gate.columns
+    labelled = any(variant.label for variant in variants)
+    heads = (["Variant"] if labelled else []) + [column.head for column in columns]
+    rows = [
+        ([variant.label] if labelled else [])
+        + [shown(value(row, column), column.unit) for column in columns]
+        for variant in variants
+        for row in variant.result.rows
+    ]
+    right = ([False] if labelled else []) + [column.unit != "text" for column in columns]
+    return Table(heads, rows, right)
+
+
+def _name(row: RowResult, columns: Sequence[Column]) -> list[str]:
+    """What tells a row from the others: the key as the gate's columns show it."""
+    return [shown(row.key[c.figure], c.unit) for c in columns if c.figure in row.key]
+
+
+def _name_columns(result: GateResult) -> list[Column]:
+    return [
+        column
+        for column in result.gate.columns
+        if any(column.figure in row.key for row in result.rows)
+    ]
+
+
+def spread_table(variant: Variant) -> Table | None:
+    """Median and spread over the repeats; None where nothing was repeated."""
+    rows = variant.result.rows
+    figures = [name for name in SPREAD if any(name in row.spread for row in rows)]
+    if not figures or all(len(row.measured) < 2 for row in rows):
+        return None
+    columns = _name_columns(variant.result)
+    return Table(
+        [column.head for column in columns]
+        + ["Repeats"]
+        + [f"{NAMES[name]}: median (least to most)" for name in figures],
+        [
+            [
+                *_name(row, columns),
+                str(len(row.measured)),
+                *(spread(row.spread.get(name), UNITS[name]) for name in figures),  # type: ignore[arg-type]
+            ]
+            for row in rows
+        ],
+        [True] * (len(columns) + 1 + len(figures)),
+    )
+
+
+def expected_table(variant: Variant) -> Table | None:
+    """Measured beside expected; None where nobody measured these rows on this hardware."""
+    columns, rows = _name_columns(variant.result), []
+    units = {column.figure: column.unit for column in variant.result.gate.columns}
+    for row in variant.result.rows:
+        for one in expected_of(variant.result.gate, row, variant.profile, variant.label):
+            for figure, wanted in one.figures.items():
+                got, unit = row.figures.get(figure), units.get(figure, "number")
+                ratio = f"{got / wanted:.3f}" if isinstance(got, int | float) and wanted else "-"
+                rows.append(
+                    [
+                        *_name(row, columns),
+                        figure,
+                        shown(got, unit),
+                        shown(wanted, unit),
+                        ratio,
+                        one.source,
+                    ]
+                )
+    if not rows:
+        return None
+    heads = [column.head for column in columns]
+    return Table(
+        [*heads, "Figure", "Measured", "Expected", "Measured / expected", "Source"],
+        rows,
+        [True] * len(heads) + [False, True, True, True, False],
+    )

@@ -1,0 +1,120 @@
+"""The command line as a person uses it, on the fake server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gates import runner
+from gates.__main__ import main
+from stack.pin import ROOT
+from tests.gates.fake_server import Status
+from tests.gates.test_runner import well
+
+PROFILE = ("--profile", "2x-rtx-pro-6000", "--size", "short", "--gate", "long-context-latency")
+
+
+@pytest.fixture
+def measured(fake, tmp_path):
+    """A run by the command line; returns its exit status and folder."""
+
+    def start(*more):
+        fake.play = well
+        out = tmp_path / "run"
+        return main(["run", "--url", fake.url, *PROFILE, "--out", str(out), *more]), out
+
+    return start
+
+
+def test_a_run_leaves_its_rows_report_page_and_receipt(measured, capsys):
+    status, out = measured()
+    assert status == 0
+    said = capsys.readouterr().err
+    assert "passed" in said and "report.html" in said
+    report = (out / "report.md").read_text()
+    assert "| 4,047 | 1 | 2 |" in report and "Verdict: **passed**" in report
+    receipt = json.loads((out / "receipt.json").read_text())
+    assert [gate["status"] for gate in receipt["gates"]] == ["passed"]
+    assert receipt["server"]["version"] == "0.22.1" and "python" in receipt["machine"]
+
+
+def test_the_same_folder_twice_needs_resume(measured, capsys):
+    _, out = measured()
+    rows = (out / "rows.jsonl").read_bytes()
+    status, _ = measured()
+    assert status == 1 and "--resume" in capsys.readouterr().err
+    status, _ = measured("--resume")
+    assert status == 0 and (out / "rows.jsonl").read_bytes() == rows
+
+
+def test_another_run_cannot_be_resumed(measured, capsys):
+    measured()
+    assert measured("--resume", "--repeats", "3")[0] == 1
+    assert "gates differ" in capsys.readouterr().err
+
+
+def test_a_failed_gate_is_an_exit_status_of_its_own(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "GUARD_WAIT_S", 0.01)
+    fake.play = lambda body, number: [Status(500)] if "Archive" in str(body) else well(body, 0)
+    assert main(["run", "--url", fake.url, *PROFILE, "--out", str(tmp_path / "r")]) == 3
+    assert "failed" in capsys.readouterr().err
+
+
+def test_a_dry_run_sends_nothing(fake, measured, capsys):
+    status, out = measured("--dry-run")
+    assert (status, fake.sent, out.exists()) == (0, [], False)
+    assert "long-context-latency" in capsys.readouterr().out
+
+
+def test_the_report_is_made_anew_and_of_two_variants(measured, tmp_path):
+    _, out = measured("--variant", "MTP=2")
+    kept = (out / "report.md").read_text()
+    (out / "report.md").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.md").read_text() == kept
+    assert main(["report", str(out), str(out), "--out", str(tmp_path / "both")]) == 0
+    rows = (tmp_path / "both" / "report.md").read_text().split("Verdict (MTP=2)")[0]
+    assert rows.count("| MTP=2 | 4,047 | 1 |") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--profile", "a-laptop", "--out", "x"], ["--profile", "a-laptop", "2x-rtx-pro-6000"]),
+        ([*PROFILE[:2], "--gate", "no", "--out", "x"], ["--gate", "no", "long-context-latency"]),
+        ([*PROFILE], ["--out"]),
+        ([*PROFILE, "--out", "x", "--repeats", "0"], ["--repeats", "0"]),
+        ([*PROFILE, "--out", "x", "--resume"], ["--resume", "no run"]),
+        ([*PROFILE, "--out", "x", "--url", "http://127.0.0.1:9"], ["no list of models", "--url"]),
+    ],
+)
+def test_wrong_usage_is_said_in_a_line(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *argv]) == 1
+    error = capsys.readouterr().err
+    assert [part for part in said if part not in error] == []
+
+
+def test_a_model_that_is_not_there_is_said(fake, tmp_path, capsys):
+    argv = ["run", "--url", fake.url, *PROFILE, "--out", str(tmp_path / "r"), "--model", "other"]
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert "other" in said and "fake-model" in said
+
+
+def test_help_needs_no_package():
+    """On a bare Python: without the packages of requirements.txt."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "gates", "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run" in done.stdout
