@@ -52,11 +52,17 @@ def tilings(tokens: int) -> dict[str, Row]:
         (128, 128, 64, 8, 3),
         (128, 256, 64, 8, 3),
     ]
-    return {_label(shape): _row(shape, 0) for shape in shapes}
+    rows = {_label(shape): _row(shape, 0) for shape in shapes}
+    eight = [(64, 128, 128, 4, 3), (64, 128, 128, 4, 4), (64, 256, 128, 8, 3), (32, 128, 128, 4, 4)]
+    return rows | {f"float8 {_label(shape)}": _row(shape, 0) for shape in eight}
 
 
 def _label(shape: tuple[int, ...]) -> str:
     return "/".join(map(str, shape))
+
+
+def _activations(label: str) -> str:
+    return "float8" if label.startswith("float8") else "bfloat16"
 
 
 def _row(shape: tuple[int, ...], most_pairs: int) -> Row:
@@ -94,11 +100,17 @@ def main() -> None:
         if theirs is not None:
             candidates["marlin"] = [functools.partial(theirs, each) for each in sets]
         for lowering in arguments.lowering or harness.LOWERINGS:
-            rows = tilings(tokens) if arguments.tilings else {"table": None}
+            rows: dict[str, Row | None] = {"table": None, "float8 table": None}
+            if arguments.tilings:
+                rows = tilings(tokens)
+            elif tokens * TOP_K <= MOST_PAIRS:
+                del rows["float8 table"]
             with harness.use_lowering(lowering):
                 calls = {
                     label: [
-                        functools.partial(run, each, layer, each.out, row, "triton", native)
+                        functools.partial(
+                            run, each, layer, each.out, row, "triton", native, _activations(label)
+                        )
                         for each in sets
                     ]
                     for label, row in rows.items()
@@ -132,8 +144,11 @@ def run(
     row: Row | None,
     implementation: str,
     native: bool,
+    activations: str = "bfloat16",
 ) -> None:
     options = {"align": marlin.align} if native else {}
+    if implementation == "triton":
+        options["activations"] = activations
     arguments = (
         batch.hidden_states,
         layer.w13,
@@ -147,7 +162,8 @@ def run(
     if row is None:
         mxfp4_experts(*arguments, swiglu_limit=LIMIT, implementation=implementation, **options)
     else:
-        launch.mxfp4_experts(*arguments, LIMIT, row=row, **options)
+        float8 = options.pop("activations") == "float8"
+        launch.mxfp4_experts(*arguments, LIMIT, row=row, float8=float8, **options)
 
 
 def _first_calls(calls: dict, batch: Batch, expected: torch.Tensor) -> dict[str, float]:

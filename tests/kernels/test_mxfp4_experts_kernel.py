@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import functools
 
+import mxfp4_unpack
 import pytest
 import torch
 from capture import record, replay_on_gpu
 from interpreted_run import run_interpreted
-from mxfp4_unpack import unpack_bytes
+from mxfp4_float8 import float8_definition, relative_error
 from test_mxfp4_experts import NAMES, compare, draw, real_arguments
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.mxfp4_experts import dequantize_mxfp4, launch, mxfp4_experts
-from vllm_sm12x.ops.mxfp4_experts.config import MOST_PAIRS, SUM, TABLE, row
+from vllm_sm12x.ops.mxfp4_experts import launch, mxfp4_experts
+from vllm_sm12x.ops.mxfp4_experts.config import FLOAT8_TABLE, MOST_PAIRS, SUM, TABLE, row
 from vllm_sm12x.ops.mxfp4_experts.routing import align_block_size
 
 triton = functools.partial(mxfp4_experts, implementation="triton")
@@ -30,6 +31,23 @@ def test_every_target_has_every_kind_of_tile():
         assert set(table) == {"few", "16", "32", "64"}
         assert table["few"].most_pairs == MOST_PAIRS
         assert all(table[kind].most_pairs == 0 for kind in ("16", "32", "64"))
+
+
+def test_every_target_has_tiles_for_many_pairs_in_float8():
+    assert set(FLOAT8_TABLE) == {"sm_90", "sm_120", "sm_121"}
+    for table in FLOAT8_TABLE.values():
+        assert set(table) == {"16", "32", "64"}
+        for of_kind in table.values():
+            assert of_kind.most_pairs == 0
+            assert of_kind.first.block_k == of_kind.second.block_k == 128
+    assert row("sm_120", 257, 256, float8=True) is FLOAT8_TABLE["sm_120"]["16"]
+
+
+def test_unknown_activations_are_an_error():
+    arguments = draw(2)
+    with pytest.raises(ValueError, match="activations: 'int8', allowed: bfloat16, float8"):
+        mxfp4_experts(*arguments, activations="int8")
+    assert arguments[7].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -110,16 +128,10 @@ def lowered(request, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_every_byte_at_every_scale_on_a_gpu(lowered):
-    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
-    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
-    expected = dequantize_mxfp4(packed, scale)
-    low, high = (values.cpu() for values in unpack_bytes(packed.cuda(), scale.cuda()))
-    for values, wanted in ((low, expected[:, ::2]), (high, expected[:, 1::2])):
-        assert torch.equal(values.isnan(), wanted.isnan())
-        assert torch.equal(
-            values.nan_to_num().view(torch.int16), wanted.nan_to_num().view(torch.int16)
-        )
+def test_the_device_functions_on_a_gpu(lowered):
+    mxfp4_unpack.check_every_byte_at_every_scale("cuda")
+    mxfp4_unpack.check_every_byte_in_e4m3("cuda")
+    mxfp4_unpack.check_quantize("cuda")
 
 
 def on_gpu(arguments):
@@ -137,8 +149,24 @@ def test_the_definition_on_a_gpu(lowered, num_tokens, shape):
     compare(arguments, limit=2.0)
 
 
-def relative_error(actual, expected):
-    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [100, 300])
+def test_the_definition_with_float8_on_a_gpu(lowered, num_tokens):
+    arguments = draw(num_tokens, 9, 256, 384, seed=num_tokens)
+    given = on_gpu(arguments)
+    triton(*given, swiglu_limit=2.0, activations="float8")
+    expected, _ = float8_definition(arguments, limit=2.0)
+    assert relative_error(given[7].cpu(), expected) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [300, 1100, 4096])
+def test_real_shapes_with_float8_on_a_gpu(lowered, num_tokens):
+    arguments = real_arguments(num_tokens)
+    triton(*arguments, swiglu_limit=10.0, activations="float8")
+    exact = torch.full_like(arguments[7], torch.nan)
+    triton(*arguments[:7], exact, swiglu_limit=10.0)
+    assert 0.01 < relative_error(arguments[7], exact) < 0.07
 
 
 @pytest.mark.gpu

@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import math
 
+import mxfp4_unpack
 import pytest
 import torch
-from mxfp4_unpack import unpack_bytes
-from test_mxfp4_experts import GATE, UP, compare, decode, definition, draw, nan_like, sparse_experts
+from mxfp4_float8 import float8_definition, relative_error
+from test_mxfp4_experts import GATE, UP, compare, definition, draw, nan_like, sparse_experts
 from tolerance import assert_unbiased
 
 from vllm_sm12x.ops.mxfp4_experts import launch, mxfp4_experts
-from vllm_sm12x.ops.mxfp4_experts.config import TABLE, Product, Row
+from vllm_sm12x.ops.mxfp4_experts.config import FLOAT8_TABLE, TABLE, Product, Row
 
 ROWS = sorted({row for rows in TABLE.values() for row in rows.values()}, key=repr)
+
+FLOAT8_ROWS = sorted({row for rows in FLOAT8_TABLE.values() for row in rows.values()}, key=repr)
 
 # Small, so that the interpreter is quick: tiles found inside the products, and sorted before.
 _SMALL = Product(32, 64, 4, 2)
@@ -44,15 +47,15 @@ def check(arguments, row=None, **options):
 
 
 def test_every_byte_at_every_scale():
-    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
-    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
-    low, high = unpack_bytes(packed, scale)
-    expected = decode(packed, scale)
-    expected[expected.abs() >= 2.0**128] *= math.inf
-    for values, wanted in ((low, expected[:, ::2]), (high, expected[:, 1::2])):
-        assert torch.equal(values.isnan(), wanted.isnan())
-        assert torch.equal(values.double().nan_to_num(), wanted.nan_to_num())
-        assert torch.equal(values.signbit()[:255], wanted.signbit()[:255])
+    mxfp4_unpack.check_every_byte_at_every_scale("cpu")
+
+
+def test_every_byte_in_e4m3():
+    mxfp4_unpack.check_every_byte_in_e4m3("cpu")
+
+
+def test_the_quantisation_of_activations():
+    mxfp4_unpack.check_quantize("cpu")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=repr)
@@ -287,4 +290,56 @@ def test_what_cannot_be_read_is_refused(index, change, message):
     arguments[index] = change(arguments[index])
     with pytest.raises(ValueError, match=message):
         run(arguments)
+    assert arguments[7].isnan().all()
+
+
+FLOAT8 = Row(16, 0, Product(64, 128, 4, 2), Product(64, 128, 4, 2))
+
+
+@pytest.mark.parametrize("row", FLOAT8_ROWS, ids=repr)
+@pytest.mark.parametrize("on_input", [False, True])
+def test_every_row_of_the_table_of_float8(row, on_input):
+    check_float8(draw(2, experts=3, hidden=384, intermediate=128, top_k=2), row, on_input=on_input)
+
+
+def check_float8(arguments, row, **options):
+    run(arguments, row, float8=True, **options)
+    expected, exact = float8_definition(arguments, **options)
+    # An activation near a border may round to its other neighbour.
+    assert relative_error(arguments[7], expected) < 0.01
+    assert 0.01 < relative_error(arguments[7], exact) < 0.07
+
+
+def test_float8_leaves_few_pairs_to_bfloat16():
+    arguments = draw(2, hidden=128, intermediate=128)
+    run(arguments)
+    expected = arguments[7].clone()
+    run(arguments, activations="float8")
+    assert torch.equal(arguments[7], expected)
+
+
+def test_float8_of_many_pairs():
+    arguments = draw(90, experts=4, hidden=128, intermediate=128, top_k=3)
+    run(arguments, activations="float8")
+    expected, _ = float8_definition(arguments)
+    assert relative_error(arguments[7], expected) < 0.01
+
+
+def test_nan_and_infinities_show_with_float8():
+    arguments = draw(4, experts=3, hidden=128, intermediate=128, top_k=1)
+    arguments[0][1, 5], arguments[0][2, 7] = math.nan, math.inf
+    arguments[6].copy_(torch.tensor([[0], [0], [0], [1]]))
+    arguments[2][1, 5, 0] = 255
+    run(arguments, FLOAT8, float8=True)
+    assert arguments[7].isnan().any(1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((64, 128), "hidden_states: H is 64"), ((128, 96), "w2: I is 96")],
+)
+def test_a_shape_without_steps_of_128_is_refused_with_float8(shape, message):
+    arguments = draw(3, 5, *shape)
+    with pytest.raises(ValueError, match=f"{message}, allowed .* multiples of 128"):
+        run(arguments, activations="float8")
     assert arguments[7].isnan().all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
 from vllm_sm12x.implementation import Implementation, choose
@@ -12,6 +14,10 @@ from vllm_sm12x.ops.mxfp4_experts.routing import Align, align_block_size
 from vllm_sm12x.ops.ue8m0 import DTYPES as SCALE_DTYPES
 
 __all__ = ["dequantize_mxfp4", "mxfp4_experts"]
+
+# What the kernels multiply the weights with. "bfloat16": the activations as they are. "float8":
+# e4m3, one power of two a row, where there are many pairs of a token and an expert.
+Activations = Literal["bfloat16", "float8"]
 
 
 def dequantize_mxfp4(
@@ -64,6 +70,7 @@ def mxfp4_experts(
     apply_router_weight_on_input: bool = False,
     expert_map: torch.Tensor | None = None,
     align: Align = align_block_size,
+    activations: Activations = "bfloat16",
     implementation: Implementation | None = "reference",
 ) -> None:
     """Weighted sum over each token's experts of ``W2 (silu(gate) * up)``, ``[gate; up] = W13 x``.
@@ -97,6 +104,13 @@ def mxfp4_experts(
         align: What sorts many pairs of a token and an expert into tiles (see
             :mod:`vllm_sm12x.ops.mxfp4_experts.routing`), such as vLLM's ``moe_align_block_size``.
             The reference does not use it.
+        activations: ``"float8"`` rounds ``hidden_states`` and ``silu(gate) * up`` to e4m3 before
+            the products, of rows that share a power of two. That is a relative error of up to
+            ``2**-4`` a value, against ``2**-9`` of bfloat16. Weights stay exact unless the scales
+            of a row are more than ``2**11`` apart: smaller groups then count as 0. Calls with at
+            most 256 pairs of a token and an expert still take bfloat16: they are bound by the
+            weights' bytes. It needs H and I that are multiples of 128. Without effect on the
+            reference.
         implementation: As :func:`vllm_sm12x.implementation.choose` takes it. The kernels read
             ``hidden_states``, ``w13`` and ``w2`` 16 bytes at a time, so that their rows must begin
             at multiples of 16 bytes, and take scales of ``stride(-1) == 1``.
@@ -105,6 +119,9 @@ def mxfp4_experts(
         ValueError: A shape, dtype, stride or device is not one of these, ``swiglu_limit`` is not
             positive, or ``implementation`` is unknown or has no kernel for the strides or device.
     """
+    if activations not in get_args(Activations):
+        allowed = ", ".join(get_args(Activations))
+        raise ValueError(f"activations: {activations!r}, allowed: {allowed}")
     guards.check_tensor("hidden_states", hidden_states)
     form = choose("mxfp4_experts", implementation, hidden_states.is_cuda)
     tensors = {
@@ -162,4 +179,4 @@ def mxfp4_experts(
         return
     from vllm_sm12x.ops.mxfp4_experts import launch  # here, so that the rest needs no Triton
 
-    launch.mxfp4_experts(*arguments, align)
+    launch.mxfp4_experts(*arguments, align, activations == "float8")

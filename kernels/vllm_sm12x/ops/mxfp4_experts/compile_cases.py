@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from vllm_sm12x.ops.mxfp4_experts.config import SUM, TABLE, Product, Row, Sum
+from vllm_sm12x.ops.mxfp4_experts.config import FLOAT8_TABLE, SUM, TABLE, Product, Row, Sum
+from vllm_sm12x.ops.mxfp4_experts.float8 import quantize_kernel
 from vllm_sm12x.ops.mxfp4_experts.kernel import (
     local_experts_kernel,
     product_kernel,
     weighted_sum_kernel,
 )
-from vllm_sm12x.ops.mxfp4_experts.launch import LOCAL_BLOCK
+from vllm_sm12x.ops.mxfp4_experts.launch import LOCAL_BLOCK, QUANTIZE_WARPS
 from vllm_sm12x.proof.case import CompileCase
 
-TABLES = (TABLE, SUM)
+TABLES = (TABLE, FLOAT8_TABLE, SUM)
 
 # DeepSeek V4 Flash; the intermediate size as one GPU has it, and as each of two.
 _HIDDEN, _TOP_K = 4096, 6
@@ -22,15 +23,24 @@ _VARIABLE = ("pairs", "mapped", "experts", "limit")
 
 def cases() -> list[CompileCase]:
     """Both products of every row under an SM12x target, then the small kernels."""
-    rows = {
-        row: kind
-        for target, table in TABLE.items()
-        if target != "sm_90"
-        for kind, row in table.items()
-    }
+    rows, float8 = (
+        {
+            row: kind
+            for target, table in tables.items()
+            if target != "sm_90"
+            for kind, row in table.items()
+        }
+        for tables in (TABLE, FLOAT8_TABLE)
+    )
     found = [
         _product(f"{kind} I={size} {name}", row, size, gated)
         for row, kind in rows.items()
+        for size in _INTERMEDIATE
+        for name, gated in (("first", True), ("second", False))
+    ]
+    found += [
+        _product(f"float8 {kind} I={size} {name}", row, size, gated, float8=True)
+        for row, kind in float8.items()
         for size in _INTERMEDIATE
         for name, gated in (("first", True), ("second", False))
     ]
@@ -45,6 +55,7 @@ def cases() -> list[CompileCase]:
         _product("64 I=2048 first with everything", many, 2048, True, everything=True),
         *(_sum(config, mapped) for config in sums for mapped in (False, True)),
         _local(),
+        *(_quantize(columns) for columns in (_HIDDEN, *_INTERMEDIATE)),
     ]
 
 
@@ -56,12 +67,14 @@ def _product(
     *,
     words: bool = True,
     everything: bool = False,
+    float8: bool = False,
 ) -> CompileCase:
     """With ``everything`` comes an expert map, or the router's weight on the input."""
     how: Product = row.first if gated else row.second
     signature = {
-        "x_ptr": "*i32",
+        "x_ptr": "*fp8e4nv" if float8 else "*i32",
         "x_stride": "i32",
+        "x_scale_ptr": "*fp32",
         "weight_ptr": "*u8",
         "weight_expert_stride": "i32",
         "weight_row_stride": "i32",
@@ -80,10 +93,12 @@ def _product(
         "mapped": "i32",
         "experts": "i32",
     }
-    absent = {"sorted_ptr", "tile_expert_ptr", "padded_ptr"}
+    absent = set() if float8 else {"x_scale_ptr"}
     if row.most_pairs == 0:
-        absent = {"ids_ptr", "map_ptr"}
-    elif not everything:
+        absent |= {"ids_ptr", "map_ptr"}
+    else:
+        absent |= {"sorted_ptr", "tile_expert_ptr", "padded_ptr"}
+    if not everything:
         absent |= {"map_ptr"}
     if not gated:
         absent |= {"limit"}
@@ -105,10 +120,11 @@ def _product(
             "BLOCK_N": how.block_n,
             "BLOCK_K": how.block_k,
             "SCALE_WORDS": words,
+            "SCALE_SLOTS": (_HIDDEN if gated else intermediate) // 128 if float8 else 0,
         },
         num_warps=how.num_warps,
         num_stages=how.num_stages,
-        instructions=("HMMA.16816.F32.BF16",),
+        instructions=("QMMA.16832.F32.E4M3.E4M3" if float8 else "HMMA.16816.F32.BF16",),
         divisible_by_16=tuple(
             name
             for name in signature
@@ -160,4 +176,17 @@ def _local() -> CompileCase:
         num_warps=4,
         num_stages=3,
         divisible_by_16=("ids_ptr", "map_ptr", "local_ptr"),
+    )
+
+
+def _quantize(columns: int) -> CompileCase:
+    signature = {"x_ptr": "*bf16", "x_stride": "i32", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    return CompileCase(
+        label=f"quantize {columns}",
+        kernel=quantize_kernel,
+        signature=signature,
+        constexprs={"COLUMNS": columns, "BLOCK": columns},
+        num_warps=QUANTIZE_WARPS,
+        num_stages=3,
+        divisible_by_16=tuple(signature),
     )

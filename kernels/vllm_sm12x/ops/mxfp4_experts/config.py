@@ -70,16 +70,32 @@ _32 = Row(32, 0, Product(128, 128, 4, 3), Product(128, 128, 4, 3))
 _64 = Row(64, 0, Product(128, 64, 4, 4), Product(128, 64, 4, 4))
 _ROWS = {"few": _FEW, "16": _16, "32": _32, "64": _64}
 
+_FLOAT8_ROWS = {
+    "16": Row(16, 0, Product(128, 128, 4, 4), Product(128, 128, 4, 4)),
+    "32": Row(32, 0, Product(128, 128, 4, 4), Product(128, 128, 4, 4)),
+    "64": Row(64, 0, Product(128, 128, 4, 3), Product(128, 128, 4, 3)),
+}
+
 # Target (as `vllm_sm12x.lowering.target_key` names it) -> kind -> configuration.
 TABLE: dict[str, dict[str, Row]] = {"sm_120": _ROWS, "sm_121": _ROWS, "sm_90": _ROWS}
+
+# The same for e4m3 activations, whose steps have 128 columns.
+FLOAT8_TABLE: dict[str, dict[str, Row]] = {
+    "sm_120": _FLOAT8_ROWS,
+    "sm_121": _FLOAT8_ROWS,
+    "sm_90": _FLOAT8_ROWS,
+}
 
 # The weighted sum, by target.
 _SUM = Sum(1024, 4)
 SUM: dict[str, Sum] = {"sm_120": _SUM, "sm_121": _SUM, "sm_90": _SUM}
 
 
-def row(target: str, pairs: int, experts: int) -> Row:
+def row(target: str, pairs: int, experts: int, float8: bool = False) -> Row:
     """The configuration for a number of pairs of a token and an expert.
+
+    Args:
+        float8: For e4m3 activations; only for more than ``MOST_PAIRS`` pairs.
 
     Raises:
         ValueError: The table has no such target; the message says which there are.
@@ -89,4 +105,4 @@ def row(target: str, pairs: int, experts: int) -> Row:
     kind = "few"
     if pairs > MOST_PAIRS:
         kind = next(name for most, name in _KINDS if pairs <= most * experts)
-    return TABLE[target][kind]
+    return (FLOAT8_TABLE if float8 else TABLE)[target][kind]

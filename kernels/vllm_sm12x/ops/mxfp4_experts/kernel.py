@@ -1,10 +1,8 @@
 """MXFP4 experts in Triton: two grouped products and a weighted sum.
 
 Weights are the left operand, so that a block's weight rows split over its warps and a nibble is
-unpacked in the registers of the warp that multiplies it. A byte holds two neighbours of a row: the
-low nibbles of a tile meet the activations of even index, the high nibbles those of odd index. That
-makes two products, and no value changes its place. The activations come as 32-bit words of two
-neighbours and are taken apart likewise.
+unpacked in the registers of the warp that multiplies it: to bfloat16 or, with activations of the
+same type, to e4m3 (see ``bfloat16`` and ``float8``).
 
 A tile is up to ``BLOCK_M`` pairs of a token and an expert, all of one expert. Few pairs find their
 tiles themselves, inside the products; many are sorted before (see ``routing``). The rows of the
@@ -16,8 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sm12x.ops.interpreter import dot, to_bfloat16
-from vllm_sm12x.ops.mxfp4_experts.e2m1 import unpack
+from vllm_sm12x.ops.interpreter import to_bfloat16
+from vllm_sm12x.ops.mxfp4_experts import float8
+from vllm_sm12x.ops.mxfp4_experts.bfloat16 import tile_sums
 
 # Gate and up rows take turns of so many: a thread then has both of an activation, for its part of
 # a matrix instruction's result is of two rows so far apart.
@@ -81,21 +80,11 @@ def _tile_of_pair(
     return tl.where(first % BLOCK_M == 0, expert, experts), rows
 
 
-@triton.jit
-def _scales_of_words(words_at, step, GROUPS: tl.constexpr):
-    """The ``GROUPS`` scales of a step, ``[rows, words, GROUPS / words]``, from words of four."""
-    WORDS: tl.constexpr = (GROUPS + 3) // 4
-    first = step * GROUPS
-    scale = tl.load(words_at + (first // 4 + tl.arange(0, WORDS))[None, :])
-    # Joined, and not shifted by a range, with which the products' operands take another way.
-    scale = scale >> (first % 4 * 8) if GROUPS == 2 else tl.join(scale, scale >> 16)
-    return tl.join(scale, scale >> 8) & 0xFF
-
-
 @triton.jit(do_not_specialize=_VARIABLE)
 def product_kernel(
     x_ptr,
     x_stride,
+    x_scale_ptr,
     weight_ptr,
     weight_expert_stride,
     weight_row_stride,
@@ -122,6 +111,7 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
+    SCALE_SLOTS: tl.constexpr = 0,
 ):
     """One tile of pairs by ``BLOCK_N`` rows of their expert's weight.
 
@@ -130,7 +120,9 @@ def product_kernel(
 
     Args:
         x_ptr: int32, two bfloat16 each: ``[tokens, COLUMNS / 2]`` where ``GATED``, else
-            ``[pairs, COLUMNS / 2]``.
+            ``[pairs, COLUMNS / 2]``. With ``x_scale_ptr`` e4m3 ``[tokens or pairs, COLUMNS]`` as
+            :func:`vllm_sm12x.ops.mxfp4_experts.float8.quantize_kernel` writes it.
+        x_scale_ptr: float32 ``[tokens or pairs]``, or None for bfloat16 activations.
         weight_ptr: uint8 ``[experts, 2 * ROWS if GATED else ROWS, COLUMNS / 2]``.
         scale_ptr: uint8 ``[experts, as weight_ptr, COLUMNS / 32]``; where ``SCALE_WORDS`` int32,
             four scales each.
@@ -144,17 +136,13 @@ def product_kernel(
             routing says which pairs a tile has.
         BLOCK_M: Pairs a tile.
         BLOCK_N: Weight rows a program, where ``GATED`` half of them of the gate.
-        BLOCK_K: Columns a step.
+        BLOCK_K: Columns a step; 128 for e4m3 activations.
         SCALE_WORDS: Scales are read four at a time, which the pipeline can do ahead however few
             of them a step needs. Steps must be whole.
+        SCALE_SLOTS: For e4m3 activations a power of two of at least ``COLUMNS / 128``.
     """
     WEIGHT_ROWS: tl.constexpr = 2 * ROWS if GATED else ROWS
     BLOCKS: tl.constexpr = (WEIGHT_ROWS + BLOCK_N - 1) // BLOCK_N
-    BYTES: tl.constexpr = COLUMNS // 2
-    GROUPS: tl.constexpr = COLUMNS // 32
-    BLOCK_BYTES: tl.constexpr = BLOCK_K // 2
-    BLOCK_GROUPS: tl.constexpr = BLOCK_K // 32
-    EVEN: tl.constexpr = COLUMNS % BLOCK_K == 0
     WHOLE: tl.constexpr = WEIGHT_ROWS % BLOCK_N == 0
     tile = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
@@ -190,31 +178,25 @@ def product_kernel(
     weight_at = weight_ptr + expert * weight_expert_stride + weight_row[:, None] * weight_row_stride
     scale_at = scale_ptr + expert * scale_expert_stride + weight_row[:, None] * scale_row_stride
 
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in range(0, (COLUMNS + BLOCK_K - 1) // BLOCK_K):
-        byte = step * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
-        group = step * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-        if EVEN:
-            words = tl.load(x_at + byte[None, :], mask=live[:, None], other=0)
-            packed = tl.load(weight_at + byte[None, :])
-            if SCALE_WORDS:
-                scale = _scales_of_words(scale_at, step, BLOCK_GROUPS)
-            else:
-                scale = tl.load(scale_at + group[None, :])
-        else:
-            tl.static_assert(not SCALE_WORDS)
-            there = byte < BYTES
-            byte = tl.where(there, byte, 0)[None, :]
-            words = tl.load(x_at + byte, mask=live[:, None] & there[None, :], other=0)
-            packed = tl.load(weight_at + byte, mask=there[None, :], other=0)
-            there = group < GROUPS
-            group = tl.where(there, group, 0)[None, :]
-            scale = tl.load(scale_at + group, mask=there[None, :], other=0)
-        even = tl.trans(words.to(tl.int16).to(tl.bfloat16, bitcast=True))
-        odd = tl.trans((words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))
-        low, high = unpack(packed, scale)
-        acc = dot(low, even, acc)
-        acc = dot(high, odd, acc)
+    if x_scale_ptr is None:
+        acc = tile_sums(
+            x_at,
+            live,
+            weight_at,
+            scale_at,
+            COLUMNS,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            SCALE_WORDS,
+        )
+    else:
+        tl.static_assert(SCALE_WORDS and BLOCK_K == 128 and COLUMNS % BLOCK_K == 0)
+        x_scale_at = x_scale_ptr + x_row
+        scale_at = scale_ptr + expert * scale_expert_stride + weight_row * scale_row_stride
+        acc = float8.tile_sums(
+            x_at, live, x_scale_at, weight_at, scale_at, COLUMNS, SCALE_SLOTS, BLOCK_M, BLOCK_N
+        )
 
     out_at = out_ptr + rows[None, :] * ROWS
     if GATED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 
@@ -9,6 +11,7 @@ from vllm_sm12x import lowering
 from vllm_sm12x.ops.interpreter import INTERPRETED
 from vllm_sm12x.ops.mxfp4_experts import config
 from vllm_sm12x.ops.mxfp4_experts.config import Product, Row
+from vllm_sm12x.ops.mxfp4_experts.float8 import quantize_kernel
 from vllm_sm12x.ops.mxfp4_experts.kernel import (
     local_experts_kernel,
     product_kernel,
@@ -24,6 +27,28 @@ _ALIGNMENT = 16
 
 # Pairs a program of the kernel that looks up their experts.
 LOCAL_BLOCK = 1024
+
+# Columns of e4m3 activations come in steps of so many.
+_FLOAT8_STEP = 128
+QUANTIZE_WARPS = 4
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a token and an expert, and how they become tiles."""
+
+    count: int
+    top_k: int
+    experts: int
+    ids: torch.Tensor
+    expert_map: torch.Tensor | None
+    routing: Routing | None
+    row: Row
+    options: dict[str, object]
+
+    @property
+    def mapped(self) -> int:
+        return 0 if self.expert_map is None else self.expert_map.numel()
 
 
 def token_chunk(num_tokens: int, top_k: int, hidden_size: int) -> int:
@@ -52,6 +77,7 @@ def mxfp4_experts(
     apply_router_weight_on_input: bool = False,
     expert_map: torch.Tensor | None = None,
     align: Align = align_block_size,
+    float8: bool = False,
     row: Row | None = None,
 ) -> None:
     """As :func:`vllm_sm12x.ops.mxfp4_experts.mxfp4_experts`, whose checks came before.
@@ -59,10 +85,12 @@ def mxfp4_experts(
     Does not synchronise with the host; what it allocates follows from shapes.
 
     Args:
+        float8: Whether many pairs are multiplied with activations of e4m3.
         row: By default the table's. For tests and benchmarks.
 
     Raises:
-        ValueError: The tensors are on no GPU, or rows are not where 16 bytes can be read at once.
+        ValueError: The tensors are on no GPU, rows are not where 16 bytes can be read at once, or
+            ``float8`` is not possible for the shape.
     """
     if not hidden_states.is_cuda and not INTERPRETED.value:
         raise ValueError(
@@ -75,6 +103,8 @@ def mxfp4_experts(
             raise ValueError(
                 f"{name}: stride(-1) is {scale.stride(-1)}, allowed in the Triton kernels: 1"
             )
+    if float8:
+        _check_float8(hidden_states.size(1), 2 * w2.size(2), (w13_scale, w2_scale))
     capability = None
     if hidden_states.is_cuda:
         capability = torch.cuda.get_device_capability(hidden_states.device)
@@ -93,6 +123,7 @@ def mxfp4_experts(
             apply_router_weight_on_input,
             expert_map if expert_map is None else expert_map.contiguous(),
             align,
+            float8,
             row,
             capability,
         )
@@ -109,6 +140,22 @@ def _check_rows(**tensors: torch.Tensor) -> None:
             )
 
 
+def _check_float8(
+    hidden_size: int, intermediate_size: int, scales: tuple[torch.Tensor, ...]
+) -> None:
+    for name, size in (("hidden_states: H", hidden_size), ("w2: I", intermediate_size)):
+        if size % _FLOAT8_STEP:
+            raise ValueError(
+                f"{name} is {size}, allowed with activations of float8: multiples of {_FLOAT8_STEP}"
+            )
+    for name, scale in zip(("w13_scale", "w2_scale"), scales, strict=True):
+        if not _in_words(scale, scale.size(-1) * 32, _FLOAT8_STEP):
+            raise ValueError(
+                f"{name}: address {scale.data_ptr():#x}, strides {scale.stride()}, allowed with"
+                " activations of float8: rows at multiples of 4 bytes"
+            )
+
+
 def _chunk(
     hidden_states: torch.Tensor,
     w13: tuple[torch.Tensor, torch.Tensor],
@@ -120,60 +167,144 @@ def _chunk(
     on_input: bool,
     expert_map: torch.Tensor | None,
     align: Align,
+    float8: bool,
     row: Row | None,
     capability: tuple[int, int] | None,
 ) -> None:
     num_tokens, hidden_size = hidden_states.shape
-    top_k = topk_ids.size(1)
-    pairs, experts = num_tokens * top_k, w2[0].size(0)
     device = hidden_states.device
     target = lowering.target_key(capability)
+    pairs = topk_ids.numel()
+    experts = w2[0].size(0)
+    # Few pairs are bound by the weights' bytes: there is nothing to gain from smaller activations.
     if row is None:
-        row = config.row(target, pairs, experts)
-    total = config.SUM[target]
-    options = lowering.launch_options(capability)
-    mapped = 0 if expert_map is None else expert_map.numel()
-
-    routing: Routing | None = None
+        float8 = float8 and pairs > config.MOST_PAIRS
+        row = config.row(target, pairs, experts, float8)
+    of = _Pairs(
+        pairs,
+        topk_ids.size(1),
+        experts,
+        topk_ids,
+        expert_map,
+        None,
+        row,
+        lowering.launch_options(capability),
+    )
     if row.most_pairs == 0:
-        local = torch.empty((num_tokens, top_k), dtype=torch.int32, device=device)
-        local_experts_kernel[(triton.cdiv(pairs, LOCAL_BLOCK),)](
-            topk_ids, expert_map, local, pairs, mapped, experts, BLOCK=LOCAL_BLOCK, **options
-        )
-        topk_ids, expert_map, mapped = local, None, 0
-        # One expert more, for pairs without one; its tiles are left out.
-        routing = align(local, row.block_m, experts + 1)
+        of = _sorted(of, align)
 
     intermediate_size = 2 * w2[0].size(2)
     activation = torch.empty((pairs, intermediate_size), dtype=torch.bfloat16, device=device)
     result = torch.empty((pairs, hidden_size), dtype=torch.float32, device=device)
-    of_pairs = (topk_ids, expert_map, routing, pairs, mapped, experts, top_k, row)
-    _product(
-        hidden_states,
-        w13,
-        activation,
-        row.first,
-        of_pairs,
-        options,
-        gated=True,
-        router_weight=topk_weights if on_input else None,
-        limit=limit,
-    )
-    _product(activation, w2, result, row.second, of_pairs, options, gated=False)
+    router_weight = topk_weights if on_input else None
+    x = _operand(hidden_states, float8, of)
+    _product(x, w13, activation, row.first, of, True, router_weight, limit)
+    _product(_operand(activation, float8, of), w2, result, row.second, of, False)
+    total = config.SUM[target]
     weighted_sum_kernel[(num_tokens * triton.cdiv(hidden_size, total.block),)](
         result,
         None if on_input else topk_weights,
-        topk_ids,
-        expert_map,
+        of.ids,
+        of.expert_map,
         out,
         out.stride(0),
-        mapped,
+        of.mapped,
         experts,
-        TOP_K=top_k,
+        TOP_K=of.top_k,
         HIDDEN=hidden_size,
         BLOCK=total.block,
         num_warps=total.num_warps,
-        **options,
+        **of.options,
+    )
+
+
+def _sorted(of: _Pairs, align: Align) -> _Pairs:
+    """The same pairs with the routing."""
+    local = torch.empty(of.ids.shape, dtype=torch.int32, device=of.ids.device)
+    local_experts_kernel[(triton.cdiv(of.count, LOCAL_BLOCK),)](
+        of.ids,
+        of.expert_map,
+        local,
+        of.count,
+        of.mapped,
+        of.experts,
+        BLOCK=LOCAL_BLOCK,
+        **of.options,
+    )
+    # One expert more, for pairs without one; its tiles are left out.
+    routing = align(local, of.row.block_m, of.experts + 1)
+    return replace(of, ids=local, expert_map=None, routing=routing)
+
+
+def _operand(x: torch.Tensor, float8: bool, of: _Pairs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations as a product takes them, and their scales where they are e4m3."""
+    if not float8:
+        return x.view(torch.int32), None
+    rows, columns = x.shape
+    values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    quantize_kernel[(rows,)](
+        x,
+        x.stride(0),
+        values,
+        scale,
+        COLUMNS=columns,
+        BLOCK=triton.next_power_of_2(columns),
+        num_warps=QUANTIZE_WARPS,
+        **of.options,
+    )
+    return values, scale
+
+
+def _product(
+    operand: tuple[torch.Tensor, torch.Tensor | None],
+    weight: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    how: Product,
+    of: _Pairs,
+    gated: bool,
+    router_weight: torch.Tensor | None = None,
+    limit: float | None = None,
+) -> None:
+    x, x_scale = operand
+    values, scale = weight
+    columns = 2 * values.size(2)
+    tiles = of.count if of.routing is None else of.routing[1].numel()
+    in_words = _in_words(scale, columns, how.block_k)
+    if in_words:
+        scale = scale.view(torch.int32)
+    product_kernel[(tiles * triton.cdiv(values.size(1), how.block_n),)](
+        x,
+        x.stride(0),
+        x_scale,
+        values,
+        values.stride(0),
+        values.stride(1),
+        scale,
+        scale.stride(0),
+        scale.stride(1),
+        out,
+        router_weight,
+        limit,
+        of.ids if of.routing is None else None,
+        of.expert_map,
+        *((None,) * 3 if of.routing is None else of.routing),
+        of.count,
+        of.mapped,
+        of.experts,
+        TOP_K=of.top_k,
+        ROWS=out.size(1),
+        COLUMNS=columns,
+        GATED=gated,
+        MOST_PAIRS=of.row.most_pairs,
+        BLOCK_M=of.row.block_m,
+        BLOCK_N=how.block_n,
+        BLOCK_K=how.block_k,
+        SCALE_WORDS=in_words,
+        SCALE_SLOTS=0 if x_scale is None else triton.next_power_of_2(columns // _FLOAT8_STEP),
+        num_warps=how.num_warps,
+        num_stages=how.num_stages,
+        **of.options,
     )
 
 
@@ -186,56 +317,4 @@ def _in_words(scale: torch.Tensor, columns: int, block_k: int) -> bool:
         and scale.size(-1) % 4 == 0
         and scale.data_ptr() % 4 == 0
         and all(stride % 4 == 0 for stride in strides)
-    )
-
-
-def _product(
-    x: torch.Tensor,
-    weight: tuple[torch.Tensor, torch.Tensor],
-    out: torch.Tensor,
-    how: Product,
-    of_pairs: tuple,
-    options: dict[str, object],
-    *,
-    gated: bool,
-    router_weight: torch.Tensor | None = None,
-    limit: float | None = None,
-) -> None:
-    topk_ids, expert_map, routing, pairs, mapped, experts, top_k, row = of_pairs
-    values, scale = weight
-    tiles = pairs if routing is None else routing[1].numel()
-    words = x.view(torch.int32)
-    in_words = _in_words(scale, 2 * words.size(1), how.block_k)
-    if in_words:
-        scale = scale.view(torch.int32)
-    product_kernel[(tiles * triton.cdiv(values.size(1), how.block_n),)](
-        words,
-        words.stride(0),
-        values,
-        values.stride(0),
-        values.stride(1),
-        scale,
-        scale.stride(0),
-        scale.stride(1),
-        out,
-        router_weight,
-        limit,
-        topk_ids if routing is None else None,
-        expert_map,
-        *((None,) * 3 if routing is None else routing),
-        pairs,
-        mapped,
-        experts,
-        TOP_K=top_k,
-        ROWS=out.size(1),
-        COLUMNS=2 * words.size(1),
-        GATED=gated,
-        MOST_PAIRS=row.most_pairs,
-        BLOCK_M=row.block_m,
-        BLOCK_N=how.block_n,
-        BLOCK_K=how.block_k,
-        SCALE_WORDS=in_words,
-        num_warps=how.num_warps,
-        num_stages=how.num_stages,
-        **options,
     )
