@@ -36,8 +36,11 @@ def tilings() -> list[config_decode.Row]:
         config_decode.Row(16, 16, maxnreg=128),
         config_decode.Row(32, 16),
         config_decode.Row(32, 32),
+        config_decode.Row(64, 16, parts=2),
+        config_decode.Row(32, 16, parts=2),
+        config_decode.Row(16, 16, parts=4),
     ]
-    return [replace(row, programs=programs) for row in rows for programs in (1, 2, 4)]
+    return [replace(row, programs=programs) for row in rows for programs in (1, 2)]
 
 
 def main() -> None:
@@ -71,10 +74,10 @@ def main() -> None:
                     ours = {}
                     if arguments.tilings:
                         for row in tilings():
-                            splits = config_decode.splits(
-                                row, tokens, heads, keys, multiprocessors
+                            splits = config_decode.splits(row, tokens, heads, keys, multiprocessors)
+                            label = (
+                                f"{row.block_h}x{row.block_n}/{row.parts}/{row.maxnreg}/{splits}"
                             )
-                            label = f"{row.block_h}x{row.block_n}/{row.maxnreg}/{splits}"
                             ours[label] = [
                                 functools.partial(_tiling, each, row, splits) for each in sets
                             ]

@@ -23,6 +23,13 @@ SHAPES += [(4096, 128), (4096, 256), (4096, 1152), (4096, 2176)]
 
 def tilings(lowering: str) -> list[PrefillConfig]:
     """What ``--try`` times."""
+    gluon = [
+        PrefillConfig(64, 16, True, 8, 4, parts=2),
+        PrefillConfig(64, 16, True, 8, 5, parts=2),
+        PrefillConfig(32, 16, True, 4, 3, parts=2),
+        PrefillConfig(32, 16, True, 8, 4, parts=2),
+        PrefillConfig(16, 16, True, 8, 4, parts=4),
+    ]
     small = [
         PrefillConfig(64, 16, True, 8, 3),
         PrefillConfig(64, 16, True, 8, 2),
@@ -40,7 +47,7 @@ def tilings(lowering: str) -> list[PrefillConfig]:
         PrefillConfig(64, 64, False, 4, 2),
         PrefillConfig(64, 16, True, 8, 3),
     ]
-    return large if lowering == "native" else small
+    return gluon + (large if lowering == "native" else small)
 
 
 def main() -> None:
@@ -66,7 +73,9 @@ def main() -> None:
                         label = "x".join(
                             map(str, (config.block_h, config.block_n, config.num_warps))
                         )
-                        label += f"/{config.num_stages}/{'kh'[not config.keys_first]}"
+                        label += (
+                            f"/{config.num_stages}/{'kh'[not config.keys_first]}/{config.parts}"
+                        )
                         ours[label] = [
                             functools.partial(kernel, config=config, **each) for each in sets
                         ]

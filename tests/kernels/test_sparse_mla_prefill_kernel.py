@@ -25,7 +25,7 @@ def test_the_kernel_equals_the_definition_in_the_interpreter():
 
 
 def test_every_target_has_every_number_of_heads():
-    assert set(PREFILL_TABLE) == {"sm_90", "sm_120", "sm_121"}
+    assert set(PREFILL_TABLE) == {"sm_90", "sm_120", "sm_121", "interpreter"}
     for target in PREFILL_TABLE:
         assert set(PREFILL_TABLE[target]) == {8, 16, 32, 64, 128}
 
@@ -34,7 +34,7 @@ def test_every_target_has_every_number_of_heads():
     ("target", "heads", "message"),
     [
         ("sm_120", 24, "q: 24 heads, allowed .* on sm_120: 8, 16, 32, 64, 128"),
-        ("sm_80", 64, "target: 'sm_80', allowed: sm_120, sm_121, sm_90"),
+        ("sm_80", 64, "target: 'sm_80', allowed: sm_120, sm_121, sm_90, interpreter"),
     ],
 )
 def test_a_shape_without_a_row_is_an_error(target, heads, message):

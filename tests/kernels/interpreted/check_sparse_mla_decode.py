@@ -1,4 +1,4 @@
-"""The Triton decode kernels against the definition, in Triton's interpreter."""
+"""The decode kernels against the definition: Triton's in its interpreter, Gluon's on the CPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ import numpy as np
 import pytest
 import torch
 from decode_checks import check_tokens
+from gluon_on_cpu import OnCpu
 from pages import LatentPages
 from test_sparse_mla import SCALE, Decode, define, rng
 from tolerance import assert_unbiased
 from triton.runtime import interpreter as triton_interpreter
 
 from vllm_sm12x.ops import sparse_mla
-from vllm_sm12x.ops.sparse_mla import config_decode, decode_kernel
+from vllm_sm12x.ops.sparse_mla import config_decode, decode_gluon, decode_kernel
 
 ROWS = sorted({row for table in config_decode.TABLE.values() for row in table.values()}, key=repr)
+
+
+@pytest.fixture(autouse=True, params=["triton", "gluon"])
+def kernel(monkeypatch, request):
+    """Each check for both kernels. The Gluon kernel does not run in Triton's interpreter."""
+    monkeypatch.setattr(decode_gluon, "split_kernel", OnCpu(decode_gluon.split_kernel))
+    if request.param == "gluon":
+        monkeypatch.setitem(config_decode.TABLE, "interpreter", config_decode.TABLE["sm_120"])
+
+
 # Around tiles of 16, 32 and 64 keys.
 LENS = [0, 33, 64]
 EXTRA_LENS = [33, 0, 31]
@@ -47,6 +58,7 @@ def check(case: Decode, scale: float = SCALE, **options) -> None:
     check_tokens(case.q, case.keys(), case.sink, scale, case.out, case.lse)
 
 
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)  # a row says which itself
 @pytest.mark.parametrize("splits", [1, 3, 7])
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_table(row, splits):
@@ -57,7 +69,7 @@ def test_every_row_of_the_table(row, splits):
 @pytest.mark.parametrize(("heads", "splits"), [(8, 64), (16, 2), (32, 2), (64, 1), (128, 1)])
 def test_numbers_of_heads(heads, splits):
     case = Decode([31], 128, heads=heads, extra_lens=[1], extra_width=60)
-    row = config_decode.row(20, heads, 188, "sm_120")
+    row = config_decode.row(20, heads, 188, "interpreter")
     check(case, row=row, splits=splits)
 
 
@@ -259,6 +271,7 @@ def test_results_are_not_biased():
     assert_unbiased(case.out, expected, slack=0.05)
 
 
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)  # the other is always watched
 @pytest.mark.parametrize("splits", [1, 3])
 def test_every_address_is_inside_a_tensor(monkeypatch, splits):
     """Also those of lanes that are masked off, which some GPUs check all the same."""

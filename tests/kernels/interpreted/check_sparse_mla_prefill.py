@@ -1,17 +1,19 @@
-"""The Triton prefill kernel against the definition, in Triton's interpreter."""
+"""The prefill kernels against the definition: Triton's in its interpreter, Gluon's on the CPU."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from gluon_on_cpu import OnCpu
 from prefill_checks import attend, check_tokens
 from test_sparse_mla import SCALE, Prefill, define
 from tolerance import assert_unbiased
 
 from vllm_sm12x.ops import sparse_mla
-from vllm_sm12x.ops.sparse_mla import prefill_kernel
+from vllm_sm12x.ops.sparse_mla import config_prefill, prefill_gluon, prefill_kernel
 from vllm_sm12x.ops.sparse_mla.config_prefill import PREFILL_TABLE, PrefillConfig
 
 HEADS = (8, 16, 32, 64, 128)
@@ -21,6 +23,16 @@ ROWS = sorted(
     {(heads, config) for table in PREFILL_TABLE.values() for heads, config in table.items()},
     key=repr,
 )
+
+
+@pytest.fixture(autouse=True, params=["triton", "gluon"])
+def kernel(monkeypatch, request):
+    """Each check for both kernels. The Gluon kernel does not run in Triton's interpreter."""
+    monkeypatch.setattr(prefill_gluon, "prefill_kernel", OnCpu(prefill_gluon.prefill_kernel))
+    if request.param == "gluon":
+        gluon = config_prefill.PREFILL_TABLE["sm_120"][32]
+        every = {heads: replace(gluon, block_h=min(64, max(16, heads))) for heads in HEADS}
+        monkeypatch.setitem(config_prefill.PREFILL_TABLE, "interpreter", every)
 
 
 def run(case: Prefill, config: PrefillConfig | None = None, scale: float = SCALE) -> None:
@@ -55,6 +67,7 @@ def test_the_vectorised_definition_is_the_definition():
         assert torch.allclose(found_lse, lse[t], rtol=1e-12)
 
 
+@pytest.mark.parametrize("kernel", ["triton"], indirect=True)  # a row says which itself
 @pytest.mark.parametrize(("heads", "config"), ROWS)
 def test_every_row_of_the_table(heads, config):
     check(Prefill(LENS, 128, heads=heads), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_sm12x.ops.sparse_mla import decode_gluon
 from vllm_sm12x.ops.sparse_mla.config_decode import COMBINE, TABLE, CombineRow, Row
 from vllm_sm12x.ops.sparse_mla.decode_kernel import _combine_kernel, _split_kernel
 from vllm_sm12x.proof.case import CompileCase
@@ -64,7 +65,7 @@ def _split_case(row: Row, extra: bool, one_split: bool, lse: bool) -> CompileCas
     absent += () if lse else ("lse",)
     absent += ("partial", "stats") if one_split else ()
     words = (
-        f"decode heads={row.block_h} keys={row.block_n}",
+        f"decode heads={row.block_h} keys={row.block_n}" + (" gluon" if row.parts else ""),
         "extra" if extra else "",
         "" if one_split else "split",
         "lse" if lse else "",
@@ -76,7 +77,11 @@ def _split_case(row: Row, extra: bool, one_split: bool, lse: bool) -> CompileCas
         "BLOCK_H": row.block_h,
         "BLOCK_N": row.block_n,
     }
-    return _case(" ".join(filter(None, words)), _split_kernel, flags, absent, row, row.num_stages)
+    kernel = _split_kernel
+    if row.parts:
+        kernel = decode_gluon.split_kernel
+        flags["PARTS"] = row.parts
+    return _case(" ".join(filter(None, words)), kernel, flags, absent, row, row.num_stages)
 
 
 def _combine_case(row: CombineRow, lse: bool) -> CompileCase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_sm12x.ops.fp8_ds_mla.layout import HEAD_DIM
+from vllm_sm12x.ops.sparse_mla import prefill_gluon
 from vllm_sm12x.ops.sparse_mla.config_prefill import PREFILL_TABLE, PrefillConfig
 from vllm_sm12x.ops.sparse_mla.prefill_kernel import prefill_kernel
 from vllm_sm12x.proof.case import CompileCase
@@ -65,11 +66,18 @@ def _case(heads: int, config: PrefillConfig, lse: bool) -> CompileCase:
         "HEAD_DIM": HEAD_DIM,
         "BLOCK_H": config.block_h,
         "BLOCK_N": config.block_n,
-        "KEYS_FIRST": config.keys_first,
     }
+    kernel = prefill_kernel
+    if config.parts:
+        kernel = prefill_gluon.prefill_kernel
+        constexprs |= {"PARTS": config.parts, "STAGES": config.num_stages}
+    else:
+        constexprs["KEYS_FIRST"] = config.keys_first
     return CompileCase(
-        label=f"prefill heads={heads}" + (" lse" if lse else ""),
-        kernel=prefill_kernel,
+        label=f"prefill heads={heads}"
+        + (" gluon" if config.parts else "")
+        + (" lse" if lse else ""),
+        kernel=kernel,
         signature={**_SIGNATURE, "lse_ptr": "*fp32"} if lse else _SIGNATURE,
         constexprs=constexprs if lse else {**constexprs, "lse_ptr": None},
         num_warps=config.num_warps,

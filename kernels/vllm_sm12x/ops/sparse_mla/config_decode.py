@@ -6,6 +6,7 @@ The tilings are those that compile without spills within 101,376 bytes of shared
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 TARGETS = ("sm_120", "sm_121", "sm_90")
@@ -13,7 +14,7 @@ TARGETS = ("sm_120", "sm_121", "sm_90")
 HEADS = (8, 16, 32, 64, 128)
 
 # Upper ends of the classes, both ends inclusive. A launch has 65,535 programs in a row of tokens.
-TOKENS = {"few": 16, "many": 65_535}
+TOKENS = {"few": 4, "many": 65_535}
 KEYS = {"window": 128, "short": 1280, "long": 16_384}
 
 MOST_SPLITS = 64
@@ -25,11 +26,12 @@ class Row:
 
     Attributes:
         block_h: Heads a program; 16 or more (a matrix instruction has 16 rows), also for 8 heads.
-        block_n: Keys a tile.
-        num_warps: 8, so that each warp has one of the 8 chunks of 64 columns.
+        block_n: Keys a tile; 16 in the Gluon kernel.
+        num_warps: 8; in the Triton kernel each has one of the 8 chunks of 64 columns.
         num_stages: Of Triton's own pipeline; 1, because the kernel loads ahead itself.
         programs: Programs a multiprocessor that the number of splits aims at.
         maxnreg: Bound on the registers a thread; None for no bound.
+        parts: Parts of the columns in the Gluon kernel; 0: the Triton kernel.
     """
 
     block_h: int
@@ -38,6 +40,7 @@ class Row:
     num_stages: int = 1
     programs: int = 1
     maxnreg: int | None = None
+    parts: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,35 @@ class CombineRow:
     num_warps: int
 
 
-_SIXTEEN = Row(block_h=16, block_n=32)
-_THIRTY_TWO = Row(block_h=32, block_n=32)
+# The Triton kernel.
+_TRITON_16 = Row(block_h=16, block_n=32)
+_TRITON_32 = Row(block_h=32, block_n=32)
 
-_ROWS = {
-    (heads, keys, tokens): (
-        # Few tokens: more programs. Many: each key is read and converted for more heads.
-        _THIRTY_TWO if heads >= 32 and tokens == "many" else _SIXTEEN
-    )
-    for heads in HEADS
-    for keys in KEYS
-    for tokens in TOKENS
+# The Gluon kernel. A program of 16 heads has little to read and to write, and four times as many
+# of them share the keys of few tokens; one of 64 makes a key bfloat16 once for all heads.
+_GLUON_16 = Row(block_h=16, block_n=16, parts=4)
+_GLUON_32 = Row(block_h=32, block_n=16, parts=2)
+_GLUON_64 = Row(block_h=64, block_n=16, parts=2)
+
+
+def _triton(heads: int, tokens: str) -> Row:
+    return _TRITON_32 if heads >= 32 and tokens == "many" else _TRITON_16
+
+
+def _gluon(heads: int, tokens: str) -> Row:
+    if heads <= 16 or tokens == "few":
+        return _GLUON_16
+    return _GLUON_32 if heads == 32 else _GLUON_64
+
+
+_SHAPES = tuple(itertools.product(HEADS, KEYS, TOKENS))
+
+# Target (as `vllm_sm12x.lowering.target_key` names it) -> (heads, keys, tokens) -> row. Triton's
+# interpreter can run the Triton kernel alone.
+TABLE: dict[str, dict[tuple[int, str, str], Row]] = {
+    **{target: {shape: _gluon(shape[0], shape[2]) for shape in _SHAPES} for target in TARGETS},
+    "interpreter": {shape: _triton(shape[0], shape[2]) for shape in _SHAPES},
 }
-
-# Target (as `vllm_sm12x.lowering.target_key` names it) -> (heads, keys, tokens) -> row.
-TABLE: dict[str, dict[tuple[int, str, str], Row]] = {target: dict(_ROWS) for target in TARGETS}
 
 # Splits, rounded up to a power of two -> row; the same for every target.
 COMBINE = {slots: CombineRow(slots, block_d=128, num_warps=4) for slots in (2, 4, 8, 16, 32, 64)}

@@ -22,7 +22,8 @@ class PrefillConfig:
             of the queries, keys split over them no second read of the tile.
         num_warps: Warps a block.
         num_stages: 2: one tile in shared memory, the next is copied when the work on it is done. 3:
-            two tiles, the copy runs beside the work.
+            two tiles, the copy runs beside the work. In the Gluon kernel: tiles in shared memory.
+        parts: Parts of the columns in the Gluon kernel; 0: the Triton kernel.
     """
 
     block_h: int
@@ -30,28 +31,35 @@ class PrefillConfig:
     keys_first: bool
     num_warps: int
     num_stages: int
+    parts: int = 0
 
 
-# Two blocks a multiprocessor (50,176 bytes each); they hide each other's copies.
-_FEW_HEADS = PrefillConfig(16, 32, keys_first=False, num_warps=4, num_stages=2)
-_32_HEADS = PrefillConfig(32, 16, keys_first=True, num_warps=4, num_stages=2)
+# The Triton kernel. Two blocks a multiprocessor (50,176 bytes each) hide each other's copies.
+_TRITON_16 = PrefillConfig(16, 32, keys_first=False, num_warps=4, num_stages=2)
+_TRITON_32 = PrefillConfig(32, 16, keys_first=True, num_warps=4, num_stages=2)
 # One block a multiprocessor; 64 KiB of queries leave room for two tiles of 16 keys.
-_64_HEADS = PrefillConfig(64, 16, keys_first=True, num_warps=8, num_stages=3)
+_TRITON_64 = PrefillConfig(64, 16, keys_first=True, num_warps=8, num_stages=3)
 # Hopper's warp-group instruction takes 64 rows.
-_HOPPER_64_HEADS = PrefillConfig(64, 64, keys_first=False, num_warps=8, num_stages=2)
+_HOPPER_64 = PrefillConfig(64, 64, keys_first=False, num_warps=8, num_stages=2)
 
-_SM12X = {8: _FEW_HEADS, 16: _FEW_HEADS, 32: _32_HEADS, 64: _64_HEADS, 128: _64_HEADS}
+# The Gluon kernel: one block a multiprocessor, queries in registers.
+_GLUON_32 = PrefillConfig(32, 16, keys_first=True, num_warps=8, num_stages=4, parts=2)
+_GLUON_64 = PrefillConfig(64, 16, keys_first=True, num_warps=8, num_stages=4, parts=2)
 
-# Target (as `vllm_sm12x.lowering.target_key` names it) -> heads -> configuration.
+_SM12X = {8: _TRITON_16, 16: _TRITON_16, 32: _GLUON_32, 64: _GLUON_64, 128: _GLUON_64}
+
+# Target (as `vllm_sm12x.lowering.target_key` names it) -> heads -> configuration. Triton's
+# interpreter can run the Triton kernel alone.
 PREFILL_TABLE: dict[str, dict[int, PrefillConfig]] = {
     "sm_120": _SM12X,
     "sm_121": _SM12X,
-    "sm_90": {
-        8: _FEW_HEADS,
-        16: _FEW_HEADS,
-        32: _HOPPER_64_HEADS,
-        64: _HOPPER_64_HEADS,
-        128: _HOPPER_64_HEADS,
+    "sm_90": {8: _TRITON_16, 16: _TRITON_16, 32: _HOPPER_64, 64: _HOPPER_64, 128: _HOPPER_64},
+    "interpreter": {
+        8: _TRITON_16,
+        16: _TRITON_16,
+        32: _TRITON_32,
+        64: _TRITON_64,
+        128: _TRITON_64,
     },
 }
 

@@ -26,8 +26,8 @@ import triton.language as tl
 from vllm_sm12x.lowering import launch_options, multiprocessors, target_key
 from vllm_sm12x.ops.fp8_ds_mla import reference as fp8_ds_mla
 from vllm_sm12x.ops.fp8_ds_mla.layout import DATA_BYTES, HEAD_DIM, NOPE_DIM, ROPE_DIM
-from vllm_sm12x.ops.interpreter import dot, to_bfloat16
-from vllm_sm12x.ops.sparse_mla import config_decode
+from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
+from vllm_sm12x.ops.sparse_mla import config_decode, decode_gluon
 from vllm_sm12x.ops.sparse_mla.reference import KeySet
 
 _DATA_BYTES = tl.constexpr(DATA_BYTES)
@@ -74,7 +74,8 @@ def sparse_mla_decode(
     shifts = [_shift(name, cache) for name, (cache, _, _) in zip(_CACHES, sets, strict=False)]
     keys = sum(indices.shape[1] for _, indices, _ in sets)
     if row is None:
-        row = config_decode.row(tokens, heads, keys, target_key())
+        target = "interpreter" if INTERPRETED.value else target_key()
+        row = config_decode.row(tokens, heads, keys, target)
     if splits is None:
         splits = config_decode.splits(row, tokens, heads, keys, multiprocessors())
     partial = stats = None
@@ -98,7 +99,10 @@ def sparse_mla_decode(
     result = [out, out.stride(0), out.stride(1)]
     result += [None, 0, 0] if lse is None else [lse, lse.stride(0), lse.stride(1)]
     sink = [attn_sink, attn_sink.stride(0)]
-    _split_kernel[(triton.cdiv(heads, row.block_h), splits, tokens)](
+    split_kernel, parts = _split_kernel, {}
+    if row.parts:
+        split_kernel, parts = decode_gluon.split_kernel, {"PARTS": row.parts}
+    split_kernel[(triton.cdiv(heads, row.block_h), splits, tokens)](
         q,
         q.stride(0),
         q.stride(1),
@@ -115,6 +119,7 @@ def sparse_mla_decode(
         ONE_SPLIT=splits == 1,
         BLOCK_H=row.block_h,
         BLOCK_N=row.block_n,
+        **parts,
         num_warps=row.num_warps,
         num_stages=row.num_stages,
         **({} if row.maxnreg is None else {"maxnreg": row.maxnreg}),

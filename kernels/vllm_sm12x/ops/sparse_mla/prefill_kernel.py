@@ -17,6 +17,7 @@ import triton.language as tl
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_ds_mla.layout import HEAD_DIM
 from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
+from vllm_sm12x.ops.sparse_mla import prefill_gluon
 from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig, prefill_config
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -178,11 +179,16 @@ def sparse_mla_prefill(
         raise ValueError(f"q: device {q.device}, allowed in the Triton prefill kernel: cuda")
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     if config is None:
-        config = prefill_config(lowering.target_key(capability), heads)
+        target = "interpreter" if INTERPRETED.value else lowering.target_key(capability)
+        config = prefill_config(target, heads)
     if tokens == 0:
         return
-    grid = (tokens * triton.cdiv(heads, config.block_h),)
-    prefill_kernel[grid](
+    kernel = prefill_kernel
+    flags: dict[str, object] = {"KEYS_FIRST": config.keys_first}
+    if config.parts:
+        kernel = prefill_gluon.prefill_kernel
+        flags = {"PARTS": config.parts, "STAGES": config.num_stages}
+    kernel[(tokens * triton.cdiv(heads, config.block_h),)](
         q,
         kv,
         indices,
@@ -207,7 +213,7 @@ def sparse_mla_prefill(
         HEAD_DIM=HEAD_DIM,
         BLOCK_H=config.block_h,
         BLOCK_N=config.block_n,
-        KEYS_FIRST=config.keys_first,
+        **flags,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **lowering.launch_options(capability),

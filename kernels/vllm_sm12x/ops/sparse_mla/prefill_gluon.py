@@ -1,0 +1,194 @@
+"""Sparse MLA prefill in Gluon, for 32 or 64 heads a program, with layouts chosen by hand.
+
+Arguments and results are those of the Triton kernel in ``prefill_kernel``, which stays the form
+that Triton's interpreter can run. What the two differ in: the queries stay in registers, where
+Triton reads them from shared memory for every tile of keys, and the products of one tile fill the
+time that the softmax of the tile before takes.
+
+The 512 columns are cut into ``PARTS`` parts, each for an equal share of the warps. A warp's scores
+are sums over its part; they are added up through shared memory. In a round of the loop, tile i is
+multiplied by its weights, tile i + 1 by the queries, and the copies of later tiles are on the way.
+"""
+
+from __future__ import annotations
+
+import math
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from vllm_sm12x.ops.sparse_mla.decode_gluon import middle
+
+_LOG2_E = gl.constexpr(math.log2(math.e))
+_LN_2 = gl.constexpr(math.log(2))
+
+# As in the Triton kernel.
+_VARIABLE = ["rows", "width", "lens_stride", "sink_stride", "lse_token_stride", "lse_head_stride"]
+
+
+@gluon.jit
+def _load_rows(indices_ptr, start, count, rows, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """Rows of ``kv`` that the tile at ``start`` names, int32 ``[BLOCK_N]``; -1 for none."""
+    entry = start + gl.arange(0, BLOCK_N, layout=layout)
+    inside = entry < count
+    row = gl.load(indices_ptr + gl.where(inside, entry, 0), mask=inside, other=-1)
+    return gl.where((row >= 0) & (row < rows), row, -1)
+
+
+@gluon.jit
+def _start_copy(keys, kv_ptr, kv_stride, row, column):
+    """Start to copy rows of ``kv`` to shared memory ``[PARTS, n, columns]``; zeros for -1."""
+    named = row >= 0
+    pointers = kv_ptr + middle(gl.where(named, row, 0).to(gl.int64) * kv_stride) + column
+    async_copy.async_copy_global_to_shared(keys, pointers, mask=middle(named))
+    async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize=_VARIABLE)
+def prefill_kernel(
+    q_ptr,
+    kv_ptr,
+    indices_ptr,
+    lens_ptr,
+    sink_ptr,
+    out_ptr,
+    lse_ptr,
+    softmax_scale,
+    rows,
+    width,
+    q_token_stride,
+    q_head_stride,
+    kv_stride,
+    indices_stride,
+    lens_stride,
+    sink_stride,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    lse_head_stride,
+    HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_H: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """As ``prefill_kernel.prefill_kernel``; ``STAGES`` tiles of keys are in shared memory."""
+    WARPS: gl.constexpr = gl.num_warps()
+    COLUMNS: gl.constexpr = HEAD_DIM // PARTS
+    # Both products: a part of the columns for WARPS / PARTS warps, which lie along the last axis.
+    product: gl.constexpr = gl.NVMMADistributedLayout(
+        [2, 0], [PARTS, 1, WARPS // PARTS], [1, 16, 8]
+    )
+    left: gl.constexpr = gl.DotOperandLayout(0, product, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, product, 2)
+    # Scores once they are added up: all parts of a score in one thread, eight heads a warp.
+    summed: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1, WARPS], [1, 16, 8])
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+    LANES: gl.constexpr = min(32, COLUMNS // 8)
+    blocked: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 8], [1, 32 // LANES, LANES], [1, WARPS, 1], [2, 1, 0]
+    )
+    copied_rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, blocked))
+    summed_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, summed))
+    summed_heads: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, summed))
+    out_heads: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, product))
+
+    # Blocks of one token are neighbours: they read the same keys at about the same time.
+    head_blocks: gl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    token = (gl.program_id(0) // head_blocks).to(gl.int64)
+    first_head = (gl.program_id(0) % head_blocks) * BLOCK_H
+    count = gl.minimum(gl.load(lens_ptr + token * lens_stride), width)
+    indices_ptr += token * indices_stride
+    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, blocked)))
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(0, blocked)))
+    column = gl.expand_dims(gl.expand_dims(part, 1), 2) * COLUMNS + gl.expand_dims(
+        gl.expand_dims(column, 0), 0
+    )
+
+    # The queries go through shared memory that the keys have later, and stay in registers.
+    head = first_head + gl.arange(0, BLOCK_H, layout=copied_rows)
+    in_heads = middle(head < HEADS)
+    head = middle(gl.where(head < HEADS, head, 0))
+    staged = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_H, COLUMNS], swizzled)
+    staged.store(
+        gl.load(
+            q_ptr + token * q_token_stride + head * q_head_stride + column,
+            mask=in_heads,
+            other=0.0,
+        )
+    )
+    queries = staged.permute((0, 2, 1)).load(right)
+
+    keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, PARTS, BLOCK_N, COLUMNS], swizzled)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_N, BLOCK_H], swizzled)
+    scores_of_parts = gl.allocate_shared_memory(gl.float32, [PARTS, BLOCK_N, BLOCK_H], swizzled)
+    shrinks = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    for i in gl.static_range(STAGES - 1):
+        row = _load_rows(indices_ptr, i * BLOCK_N, count, rows, BLOCK_N, copied_rows)
+        _start_copy(keys.index(i), kv_ptr, kv_stride, row, column)
+    row = _load_rows(indices_ptr, (STAGES - 1) * BLOCK_N, count, rows, BLOCK_N, copied_rows)
+    named = _load_rows(indices_ptr, 0, count, rows, BLOCK_N, summed_rows)
+    async_copy.wait_group(STAGES - 2)
+    nothing = gl.zeros([PARTS, BLOCK_N, BLOCK_H], gl.float32, layout=product)
+    scores_of_parts.store(mma_v2(keys.index(0).load(left), queries, nothing))
+    scores = gl.sum(scores_of_parts.load(summed), 0)
+
+    scale = softmax_scale * _LOG2_E
+    acc = gl.zeros([PARTS, BLOCK_H, COLUMNS], gl.float32, layout=product)
+    largest = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=summed_heads)
+    total = gl.zeros([BLOCK_H], gl.float32, layout=summed_heads)
+    now = 0
+    following = 1
+    free = STAGES - 1
+    for start in range(0, count, BLOCK_N):
+        async_copy.wait_group(STAGES - 3)
+        _start_copy(keys.index(free), kv_ptr, kv_stride, row, column)
+        ahead = start + STAGES * BLOCK_N
+        row = _load_rows(indices_ptr, ahead, count, rows, BLOCK_N, copied_rows)
+        following_scores = mma_v2(keys.index(following).load(left), queries, nothing)
+
+        scores = gl.where(gl.expand_dims(named >= 0, 1), scores * scale, float("-inf"))
+        named = _load_rows(indices_ptr, start + BLOCK_N, count, rows, BLOCK_N, summed_rows)
+        now_largest = gl.maximum(largest, gl.max(scores, 0))
+        # No key yet: exp2(-inf - 0) is 0, where exp2(-inf - -inf) would be NaN.
+        shift = gl.where(now_largest == float("-inf"), 0.0, now_largest)
+        shrink = gl.exp2(largest - shift)
+        weight = gl.exp2(scores - gl.expand_dims(shift, 0))
+        total = total * shrink + gl.sum(weight, 0)
+        largest = now_largest
+        weight = gl.expand_dims(weight.to(gl.bfloat16), 0)
+        weights.store(weight.broadcast_to([PARTS, BLOCK_N, BLOCK_H]))
+        shrinks.store(shrink)
+        scores_of_parts.store(following_scores)
+
+        acc = acc * middle(shrinks.load(out_heads))
+        scores = gl.sum(scores_of_parts.load(summed), 0)
+        spread = weights.permute((0, 2, 1)).load(left)
+        acc = mma_v2(spread, keys.index(now).load(right), acc)
+        now = following
+        following = gl.where(following + 1 == STAGES, 0, following + 1)
+        free = gl.where(free + 1 == STAGES, 0, free + 1)
+    async_copy.wait_group(0)
+
+    # The sink joins the denominator alone. Against a very large one the share is 1 / inf = 0.
+    summed_head = first_head + gl.arange(0, BLOCK_H, layout=summed_heads)
+    summed_inside = summed_head < HEADS
+    summed_head = gl.where(summed_inside, summed_head, 0)
+    sink = gl.load(sink_ptr + summed_head * sink_stride) * _LOG2_E
+    shift = gl.where(largest == float("-inf"), 0.0, largest)
+    # Without a key the sum is 0; with a sink of -inf that would be 0 * (1 / 0).
+    share = gl.where(total == 0.0, 0.0, 1.0 / (total + gl.exp2(sink - shift)))
+    result = (acc * middle(gl.convert_layout(share, out_heads))).to(gl.bfloat16)
+    gl.store(
+        out_ptr + token * out_token_stride + head * out_head_stride + column,
+        gl.convert_layout(result, blocked),
+        mask=in_heads,
+    )
+    if lse_ptr is not None:
+        lse = (largest + gl.log2(total)) * _LN_2
+        lse_ptr += token * lse_token_stride
+        gl.store(lse_ptr + summed_head * lse_head_stride, lse, mask=summed_inside)
