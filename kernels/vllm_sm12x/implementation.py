@@ -1,8 +1,9 @@
 """Which form of an operation runs: our kernel, or the plain PyTorch reference that defines it.
 
-On a GPU the kernel runs, on a CPU the reference. The environment variable ``SM12X_REFERENCE`` names
-operations that take the reference on a GPU too, to find out whether a kernel is at fault. Nothing
-falls back by itself: a shape without a kernel is an error.
+On a CPU the reference runs. On a GPU the kernel runs once it has been shown right on one: the
+operations in :data:`SHOWN`. The environment variable ``SM12X_KERNELS`` says otherwise, to try a
+kernel or to find out whether one is at fault. Nothing falls back by itself: a shape without a
+kernel is an error.
 """
 
 from __future__ import annotations
@@ -11,27 +12,35 @@ import functools
 import os
 from typing import Literal, get_args
 
-ENV = "SM12X_REFERENCE"
+ENV = "SM12X_KERNELS"
 
 Implementation = Literal["reference", "triton"]
 
 # Operations that have a kernel.
 OPERATIONS = ("sparse_mla_decode", "sparse_mla_prefill")
 
-ALLOWED = f"none (the default), all, or a comma-separated list of {', '.join(OPERATIONS)}"
+# Those whose kernels have passed their tests against the reference on a GPU.
+SHOWN: frozenset[str] = frozenset()
+
+ALLOWED = (
+    "auto (the default: kernels that were shown right on a GPU), all, none, or a comma-separated"
+    f" list of {', '.join(OPERATIONS)}"
+)
 
 
 def parse_setting(value: str) -> frozenset[str]:
-    """Operations that ``SM12X_REFERENCE=value`` names; an empty value means none.
+    """Operations whose kernel runs on a GPU under ``SM12X_KERNELS=value``. A list is exact.
 
     Raises:
         ValueError: It names something that is not an operation with a kernel.
     """
     words = [word.strip() for word in value.split(",")]
-    if words in (["none"], [""]):
-        return frozenset()
+    if words in (["auto"], [""]):
+        return SHOWN
     if words == ["all"]:
         return frozenset(OPERATIONS)
+    if words == ["none"]:
+        return frozenset()
     for word in words:
         if word not in OPERATIONS:
             raise ValueError(f"{ENV}={value!r}: {word!r} is not allowed; allowed: {ALLOWED}")
@@ -39,9 +48,9 @@ def parse_setting(value: str) -> frozenset[str]:
 
 
 @functools.cache
-def reference_operations() -> frozenset[str]:
-    """Operations whose reference runs on a GPU too. Read once a process."""
-    return parse_setting(os.environ.get(ENV, "none"))
+def kernel_operations() -> frozenset[str]:
+    """Operations whose kernel runs on a GPU. Read once a process."""
+    return parse_setting(os.environ.get(ENV, "auto"))
 
 
 def choose(operation: str, asked: Implementation | None, on_gpu: bool) -> Implementation:
@@ -56,7 +65,7 @@ def choose(operation: str, asked: Implementation | None, on_gpu: bool) -> Implem
         ValueError: ``asked`` is neither None nor the name of a form.
     """
     if asked is None:
-        return "triton" if on_gpu and operation not in reference_operations() else "reference"
+        return "triton" if on_gpu and operation in kernel_operations() else "reference"
     if asked not in get_args(Implementation):
         allowed = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation: {asked!r}, allowed: {allowed}")
@@ -65,8 +74,8 @@ def choose(operation: str, asked: Implementation | None, on_gpu: bool) -> Implem
 
 def clear_cache() -> None:
     """Forget what was decided, for tests that set the variable."""
-    reference_operations.cache_clear()
+    kernel_operations.cache_clear()
 
 
 # A bad value stops whatever imports this, before a model is loaded.
-parse_setting(os.environ.get(ENV, "none"))
+parse_setting(os.environ.get(ENV, "auto"))

@@ -1,4 +1,4 @@
-"""Which form of an operation runs: asked for, or by the device and ``SM12X_REFERENCE``."""
+"""Which form of an operation runs: asked for, or by the device and ``SM12X_KERNELS``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ def fresh(monkeypatch):
 
 
 @pytest.mark.parametrize("operation", implementation.OPERATIONS)
-def test_the_kernel_on_a_gpu_and_the_reference_on_a_cpu(operation):
-    assert implementation.choose(operation, None, on_gpu=True) == "triton"
+def test_by_default_a_kernel_runs_where_it_was_shown_right(monkeypatch, operation):
+    monkeypatch.setattr(implementation, "SHOWN", frozenset({"sparse_mla_prefill"}))
+    expected = "triton" if operation == "sparse_mla_prefill" else "reference"
+    assert implementation.choose(operation, None, on_gpu=True) == expected
+
+
+@pytest.mark.parametrize("value", ["auto", "all"])
+@pytest.mark.parametrize("operation", implementation.OPERATIONS)
+def test_the_reference_on_a_cpu(monkeypatch, operation, value):
+    monkeypatch.setenv(implementation.ENV, value)
     assert implementation.choose(operation, None, on_gpu=False) == "reference"
 
 
@@ -32,7 +40,8 @@ def test_what_is_asked_for_is_taken(monkeypatch, asked, on_gpu):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("", set()),
+        ("", set(implementation.SHOWN)),
+        ("auto", set(implementation.SHOWN)),
         ("none", set()),
         ("all", set(implementation.OPERATIONS)),
         (" sparse_mla_prefill ,sparse_mla_decode", {"sparse_mla_prefill", "sparse_mla_decode"}),
@@ -40,15 +49,15 @@ def test_what_is_asked_for_is_taken(monkeypatch, asked, on_gpu):
 )
 def test_the_setting(monkeypatch, value, expected):
     monkeypatch.setenv(implementation.ENV, value)
-    assert implementation.reference_operations() == expected
+    assert implementation.kernel_operations() == expected
     for operation in implementation.OPERATIONS:
-        form = "reference" if operation in expected else "triton"
+        form = "triton" if operation in expected else "reference"
         assert implementation.choose(operation, None, on_gpu=True) == form
 
 
 @pytest.mark.parametrize("value", ["attention", "all,sparse_mla_decode", "sparse_mla_decode,"])
 def test_an_unknown_operation_is_refused(value):
-    with pytest.raises(ValueError, match="SM12X_REFERENCE=.*is not allowed; allowed: none"):
+    with pytest.raises(ValueError, match="SM12X_KERNELS=.*is not allowed; allowed: auto"):
         implementation.parse_setting(value)
 
 
@@ -58,4 +67,4 @@ def test_an_unknown_form_is_refused():
 
 
 def test_every_operation_with_a_kernel_is_one_of_the_portable_path():
-    assert set(implementation.OPERATIONS) <= set(OPERATIONS)
+    assert implementation.SHOWN <= set(implementation.OPERATIONS) <= set(OPERATIONS)
