@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,13 +35,17 @@ def tilings(tokens: int) -> dict[str, Row]:
             (16, 64, 128, 4, 4),
             (16, 64, 256, 4, 3),
             (16, 64, 256, 4, 6),
-            (16, 64, 512, 4, 3),
             (16, 128, 128, 4, 4),
             (16, 128, 256, 8, 3),
             (16, 128, 256, 4, 3),
             (16, 32, 256, 2, 4),
         ]
-        return {_label(shape): _row(shape, MOST_PAIRS) for shape in shapes}
+        rows = {_label(shape): _row(shape, MOST_PAIRS) for shape in shapes}
+        for shape in shapes[:2]:
+            for lines in (0, 2, 8):
+                label = f"{_label(shape)} dependent {lines}"
+                rows[label] = replace(_row(shape, MOST_PAIRS), dependent=True, lines=lines)
+        return rows
     shapes = [
         (64, 128, 64, 4, 4),
         (64, 128, 64, 4, 3),
@@ -50,7 +55,6 @@ def tilings(tokens: int) -> dict[str, Row]:
         (32, 128, 64, 4, 4),
         (32, 256, 64, 8, 4),
         (128, 128, 64, 8, 3),
-        (128, 256, 64, 8, 3),
     ]
     rows = {_label(shape): _row(shape, 0) for shape in shapes}
     eight = [(64, 128, 128, 4, 3), (64, 128, 128, 4, 4), (64, 256, 128, 8, 3), (32, 128, 128, 4, 4)]

@@ -9,14 +9,14 @@ from vllm_sm12x.ops.mxfp4_experts.kernel import (
     product_kernel,
     weighted_sum_kernel,
 )
-from vllm_sm12x.ops.mxfp4_experts.launch import LOCAL_BLOCK, QUANTIZE_WARPS
+from vllm_sm12x.ops.mxfp4_experts.launch import LOCAL_BLOCK, QUANTIZE_WARPS, prefetch_lines
 from vllm_sm12x.proof.case import CompileCase
 
 TABLES = (TABLE, FLOAT8_TABLE, SUM)
 
-# DeepSeek V4 Flash; the intermediate size as one GPU has it, and as each of two.
+# DeepSeek V4 Flash; the intermediate size as each of two GPUs has it, and as one.
 _HIDDEN, _TOP_K = 4096, 6
-_INTERMEDIATE = (2048, 1024)
+_INTERMEDIATE = (1024, 2048)
 
 _VARIABLE = ("pairs", "mapped", "experts", "limit")
 
@@ -35,13 +35,13 @@ def cases() -> list[CompileCase]:
     found = [
         _product(f"{kind} I={size} {name}", row, size, gated)
         for row, kind in rows.items()
-        for size in _INTERMEDIATE
+        for size in (_INTERMEDIATE if kind in ("few", "64") else _INTERMEDIATE[:1])
         for name, gated in (("first", True), ("second", False))
     ]
     found += [
         _product(f"float8 {kind} I={size} {name}", row, size, gated, float8=True)
         for row, kind in float8.items()
-        for size in _INTERMEDIATE
+        for size in (_INTERMEDIATE if kind == "64" else _INTERMEDIATE[:1])
         for name, gated in (("first", True), ("second", False))
     ]
     few, many = (next(row for row, k in rows.items() if k == kind) for kind in ("few", "64"))
@@ -53,7 +53,11 @@ def cases() -> list[CompileCase]:
         _product("64 I=544 second", many, 544, False, words=False),
         _product("few I=2048 first with everything", few, 2048, True, everything=True),
         _product("64 I=2048 first with everything", many, 2048, True, everything=True),
-        *(_sum(config, mapped) for config in sums for mapped in (False, True)),
+        *(
+            _sum(config, mapped, dependent)
+            for config in sums
+            for mapped, dependent in ((False, False), (False, True), (True, True))
+        ),
         _local(),
         *(_quantize(columns) for columns in (_HIDDEN, *_INTERMEDIATE)),
     ]
@@ -120,6 +124,8 @@ def _product(
             "BLOCK_N": how.block_n,
             "BLOCK_K": how.block_k,
             "SCALE_WORDS": words,
+            "DEPENDENT": row.dependent,
+            "PREFETCH": 0 if gated else prefetch_lines(row, intermediate),
             "SCALE_SLOTS": (_HIDDEN if gated else intermediate) // 128 if float8 else 0,
         },
         num_warps=how.num_warps,
@@ -134,7 +140,7 @@ def _product(
     )
 
 
-def _sum(config: Sum, mapped: bool) -> CompileCase:
+def _sum(config: Sum, mapped: bool, dependent: bool) -> CompileCase:
     signature = {
         "result_ptr": "*fp32",
         "router_weight_ptr": "*fp32",
@@ -148,10 +154,18 @@ def _sum(config: Sum, mapped: bool) -> CompileCase:
     absent = {} if mapped else {"map_ptr": None}
     signature = {name: kind for name, kind in signature.items() if name not in absent}
     return CompileCase(
-        label=f"sum of {config.block}" + (" mapped" if mapped else ""),
+        label=f"sum of {config.block}"
+        + (" mapped" if mapped else "")
+        + (" dependent" if dependent else ""),
         kernel=weighted_sum_kernel,
         signature=signature,
-        constexprs={**absent, "TOP_K": _TOP_K, "HIDDEN": _HIDDEN, "BLOCK": config.block},
+        constexprs={
+            **absent,
+            "TOP_K": _TOP_K,
+            "HIDDEN": _HIDDEN,
+            "BLOCK": config.block,
+            "DEPENDENT": dependent,
+        },
         num_warps=config.num_warps,
         num_stages=1,
         divisible_by_16=tuple(name for name in signature if name not in _VARIABLE),

@@ -37,12 +37,18 @@ class Row:
             no routing before.
         first: The product with gate and up.
         second: The product with the activation.
+        dependent: Launch the second product and the sum so that each starts before the kernel
+            before it ends, and waits for that end itself.
+        lines: How many lines of 128 bytes of each weight row the second product asks for before
+            it waits: 0 or a power of two.
     """
 
     block_m: int
     most_pairs: int
     first: Product
     second: Product
+    dependent: bool = False
+    lines: int = 0
 
 
 @dataclass(frozen=True)

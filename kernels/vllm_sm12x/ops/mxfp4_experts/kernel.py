@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_sm12x.ops.interpreter import to_bfloat16
+from vllm_sm12x.ops.interpreter import INTERPRETED, to_bfloat16
 from vllm_sm12x.ops.mxfp4_experts import float8
 from vllm_sm12x.ops.mxfp4_experts.bfloat16 import tile_sums
 
@@ -80,6 +81,19 @@ def _tile_of_pair(
     return tl.where(first % BLOCK_M == 0, expert, experts), rows
 
 
+@triton.jit
+def _prefetch(at):
+    """Ask for the lines at these addresses; they come to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [at.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=_VARIABLE)
 def product_kernel(
     x_ptr,
@@ -111,7 +125,9 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
-    SCALE_SLOTS: tl.constexpr = 0,
+    SCALE_SLOTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """One tile of pairs by ``BLOCK_N`` rows of their expert's weight.
 
@@ -140,6 +156,10 @@ def product_kernel(
         SCALE_WORDS: Scales are read four at a time, which the pipeline can do ahead however few
             of them a step needs. Steps must be whole.
         SCALE_SLOTS: For e4m3 activations a power of two of at least ``COLUMNS / 128``.
+        DEPENDENT: The kernels are launched as dependents of each other: each starts before the one
+            before it ends, and waits for its end before it reads what that wrote.
+        PREFETCH: The second product asks for so many lines of 128 bytes of each weight row, a power
+            of two or 0, before it waits.
     """
     WEIGHT_ROWS: tl.constexpr = 2 * ROWS if GATED else ROWS
     BLOCKS: tl.constexpr = (WEIGHT_ROWS + BLOCK_N - 1) // BLOCK_N
@@ -147,6 +167,8 @@ def product_kernel(
     tile = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
 
+    if DEPENDENT and not INTERPRETED:
+        gdc_launch_dependents()
     if MOST_PAIRS > 0:
         expert, rows = _tile_of_pair(
             ids_ptr, map_ptr, tile, pairs, mapped, experts, BLOCK_M, MOST_PAIRS
@@ -178,6 +200,10 @@ def product_kernel(
     weight_at = weight_ptr + expert * weight_expert_stride + weight_row[:, None] * weight_row_stride
     scale_at = scale_ptr + expert * scale_expert_stride + weight_row[:, None] * scale_row_stride
 
+    if DEPENDENT and not GATED and not INTERPRETED:
+        if PREFETCH > 0:
+            _prefetch(weight_at + 128 * tl.arange(0, PREFETCH)[None, :])
+        gdc_wait()
     if x_scale_ptr is None:
         acc = tile_sums(
             x_at,
@@ -236,6 +262,7 @@ def weighted_sum_kernel(
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Sum of a token's experts, in the order of their slots, for ``BLOCK`` columns.
 
@@ -254,6 +281,8 @@ def weighted_sum_kernel(
     inside = column < HIDDEN
     column = tl.where(inside, column, 0)
     total = tl.zeros([BLOCK], tl.float32)
+    if DEPENDENT and not INTERPRETED:
+        gdc_wait()
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         routed = _local_experts(ids_ptr, map_ptr, pair, pair >= 0, mapped, experts) < experts

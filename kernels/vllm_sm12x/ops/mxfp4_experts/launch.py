@@ -47,6 +47,11 @@ class _Pairs:
     options: dict[str, object]
 
     @property
+    def dependent_options(self) -> dict[str, object]:
+        """Of kernels that start before the one before them ends; the interpreter has no such."""
+        return {"launch_pdl": True} if self.row.dependent and not INTERPRETED.value else {}
+
+    @property
     def mapped(self) -> int:
         return 0 if self.expert_map is None else self.expert_map.numel()
 
@@ -213,7 +218,9 @@ def _chunk(
         TOP_K=of.top_k,
         HIDDEN=hidden_size,
         BLOCK=total.block,
+        DEPENDENT=row.dependent,
         num_warps=total.num_warps,
+        **of.dependent_options,
         **of.options,
     )
 
@@ -254,6 +261,12 @@ def _operand(x: torch.Tensor, float8: bool, of: _Pairs) -> tuple[torch.Tensor, t
         **of.options,
     )
     return values, scale
+
+
+def prefetch_lines(row: Row, columns: int) -> int:
+    """Lines of 128 bytes to ask for: the configured ones, or the power of two that a row has."""
+    whole = columns // 256
+    return min(row.lines, 1 << (whole.bit_length() - 1)) if whole else 0
 
 
 def _product(
@@ -302,8 +315,11 @@ def _product(
         BLOCK_K=how.block_k,
         SCALE_WORDS=in_words,
         SCALE_SLOTS=0 if x_scale is None else triton.next_power_of_2(columns // _FLOAT8_STEP),
+        DEPENDENT=of.row.dependent,
+        PREFETCH=0 if gated else prefetch_lines(of.row, columns),
         num_warps=how.num_warps,
         num_stages=how.num_stages,
+        **({} if gated else of.dependent_options),
         **of.options,
     )
 
