@@ -42,6 +42,9 @@ CUT = 12
 MAX_MODEL_LEN = 8192
 # Below the longest prompt, so that it is read in chunks.
 MAX_BATCHED_TOKENS = 2048
+LOWERINGS = ("auto", "native", "sm120")
+# Settings that a report names.
+NAMED = ("PORTABLE", "KERNELS", "LOWERING")
 # Alternatives kept for each token of an answer, to judge a fork by.
 ALTERNATIVES = 5
 # Two ways to the same position (another batch, prefill for decode) round FP8 activations and sum
@@ -281,6 +284,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--operations", help="exact SM12X_PORTABLE value instead of all or none; no tripwires then"
     )
+    parser.add_argument("--kernels", default="auto", help="SM12X_KERNELS (default: auto)")
+    parser.add_argument(
+        "--lowering", choices=LOWERINGS, default="auto", help="SM12X_LOWERING (default: auto)"
+    )
     parser.add_argument("--mtp", type=int, default=0, help="speculative tokens (default: 0)")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs, no torch.compile")
     parser.add_argument("--memory", type=float, default=0.6, help="share of the GPU's memory")
@@ -305,6 +312,8 @@ def main() -> int:
     # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ["SM12X_PORTABLE"] = args.operations or ("all" if args.path == "portable" else "none")
+    os.environ["SM12X_KERNELS"] = args.kernels
+    os.environ["SM12X_LOWERING"] = args.lowering
     guarded = args.path == "portable" and not args.operations
     if guarded:
         import tripwire
@@ -323,7 +332,7 @@ def main() -> int:
             "commit": args.commit or commit(),
             "command": command(args),
             "machine": machine(),
-            "SM12X_PORTABLE": os.environ["SM12X_PORTABLE"],
+            **{f"SM12X_{name}": os.environ[f"SM12X_{name}"] for name in NAMED},
             "mtp": args.mtp,
             "eager": args.eager,
             "start_s": round(start_s, 1),

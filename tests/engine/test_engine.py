@@ -11,10 +11,12 @@ HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("kernels", "lowering"), [("none", "auto"), ("all", "sm120")])
 @pytest.mark.parametrize("mtp", [0, 2])
-def test_the_portable_path_answers_requests(mtp, tmp_path):
+def test_the_portable_path_answers_requests(mtp, kernels, lowering, tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, str(HERE / "run_engine.py"), "--mtp", str(mtp), "--out", str(report)]
+    command += ["--kernels", kernels, "--lowering", lowering]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     checks = json.loads(report.read_text())["checks"]
