@@ -6,8 +6,16 @@ import math
 
 import pytest
 import torch
-from mhc_checks import check_fused, check_head, check_post, check_pre, check_prenorm_gemm
+from mhc_checks import (
+    check_fused,
+    check_head,
+    check_post,
+    check_pre,
+    check_prenorm_gemm,
+    define_mix,
+)
 from test_mhc import EPS, MIX, ROUNDS, M, draw_mapping, draw_streams
+from tolerance import assert_unbiased
 
 from vllm_sm12x.ops import mhc
 from vllm_sm12x.ops.mhc import launch
@@ -219,6 +227,29 @@ def test_norm_weight_is_used_as_bfloat16():
     given = dict(residual=residual, **mapping(64), **PLAIN, **TRITON)
     rounded = mhc.mhc_pre(**given, norm_weight=weight.bfloat16())
     assert torch.equal(mhc.mhc_pre(**given, norm_weight=weight)[2], rounded[2])
+
+
+def test_a_normed_input_is_rounded_twice():
+    """It is not biased, and is nearly always what two roundings in the same places give."""
+    given = dict(
+        residual=draw_streams(9, M, 512),
+        **mapping(512),
+        **PLAIN,
+        norm_weight=draw_streams(512, seed=4),
+    )
+    found = mhc.mhc_pre(**given, **TRITON)[2]
+    same = mhc.mhc_pre(**given)[2]
+    # With one rounding, about a third of the results would be another number.
+    assert found.eq(same).double().mean() > 0.95
+    wide = {
+        name: value.double() if isinstance(value, torch.Tensor) else value
+        for name, value in given.items()
+    }
+    logits, _ = define_mix(*(wide[n] for n in ("residual", "fn", "hc_scale", "hc_base", "rms_eps")))
+    gates = torch.sigmoid(logits[:, :M]) + EPS
+    collapsed = (gates.unsqueeze(-1) * wide["residual"]).sum(1)
+    root = (collapsed.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert_unbiased(found, collapsed / root * wide["norm_weight"])
 
 
 def test_nan_stays_with_its_token():
