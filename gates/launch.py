@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,11 +11,11 @@ from typing import Any
 import httpx
 
 from gates import server
+from gates.programs import stop, tail
 from stack.errors import StackError
 
 POLL_S = 0.25
 STOP_S = 30.0
-TAIL_LINES = 5
 
 
 @asynccontextmanager
@@ -63,34 +61,14 @@ async def launched(
         while not await server.healthy(http):
             if process.returncode is not None:
                 raise StackError(
-                    f"the server ended with status {process.returncode}: {_tail(log)}",
+                    f"the server ended with status {process.returncode}: {tail(log)}",
                     f"read {log}",
                 )
             if loop.time() - began > within_s:
-                raise StackError(f"no server after {within_s:g} s: {_tail(log)}", f"read {log}")
+                raise StackError(f"no server after {within_s:g} s: {tail(log)}", f"read {log}")
             await asyncio.sleep(POLL_S)
         ready = loop.time() - began
         say(f"the server answers after {ready:.1f} s")
         yield {"ready_s": round(ready, 3), "log": str(log), "command": list(command)}
     finally:
-        await _stop(process)
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return " / ".join(line.strip() for line in lines[-TAIL_LINES:] if line.strip()) or "no output"
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """End the process group: asked first, then made to."""
-    for how, wait in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, None)):
-        if process.returncode is not None:
-            return
-        try:
-            os.killpg(process.pid, how)
-        except ProcessLookupError:
-            return
-        try:
-            await asyncio.wait_for(process.wait(), wait)
-        except asyncio.TimeoutError:
-            continue
+        await stop(process, STOP_S)

@@ -60,6 +60,8 @@ def of_gate(folder: RunFolder, gate: Gate) -> GateResult:
         else:
             problems.append(f"{cell['cell']}: {cell['error']}")
     workload, profile = WORKLOADS[gate.workload], folder.about["profile"]["name"]
+    made_up = folder.about.get("made_weights", False)
+    judged = [threshold for threshold in gate.thresholds if not (made_up and threshold.content)]
     found = []
     for key, measured in rows.items():
         measured.sort(key=lambda entry: entry["cell"]["repeat"])
@@ -69,16 +71,25 @@ def of_gate(folder: RunFolder, gate: Gate) -> GateResult:
             repeated(workload.row([one]) for one in measured),
             measured,
         )
-        for threshold in gate.thresholds:
+        for threshold in judged:
             judge(row, threshold, profile)
         found.append(row)
     order = folder.about["order"].get(gate.name, [])
     found.sort(key=lambda row: order.index(row.key) if row.key in order else len(order))
+    if gate.total and found:
+        everything = [one for row in found for one in row.measured]
+        name = next(iter(found[0].key))
+        found.append(RowResult({name: "all"}, workload.row(everything), {}, everything))
+        for threshold in judged:
+            judge(found[-1], threshold, profile)
     skipped = [f"{row['cell']}: {row['why']}" for row in folder.of("skipped", gate=gate.name)]
     phases = folder.of("phase", gate=gate.name)
     last = phases[-1] if phases else {"state": "not run", "why": "the run ended before it"}
     result = GateResult(gate, "passed", found, left_out=_once(skipped))
     result.warnings = [warning for row in found for warning in row.warnings]
+    for threshold in gate.thresholds:
+        if threshold not in judged:
+            result.warnings.append(f"{threshold.figure}: not judged, the weights are made up")
     result.why = problems + [problem for row in found for problem in row.problems]
     if last["state"] == "not run":
         result.why = [last["why"], *result.why]

@@ -56,6 +56,9 @@ class Runner:
             sum(cell.weight for cell in cells),
             sum(cell.weight for cell in cells if cell.id in done),
         )
+        values = None if self.folder.of("metrics") else await server.read_metrics(self.http)
+        if values is not None:
+            self.folder.write("metrics", values=values)
         for number, phase in enumerate(self.phases, 1):
             left = [cell for cell in phase.cells if cell.id not in done]
             self._leave_out(phase)
@@ -139,6 +142,7 @@ class Runner:
             key=cell.key,
             repeat=cell.repeat,
             attempt=attempt,
+            requests=cell.requests,
             status="failed" if error else "measured",
             error=error,
             figures=extra,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import httpx
@@ -141,7 +142,8 @@ async def read_metrics(client: httpx.AsyncClient) -> Metrics | None:
                 elif name == "request_success" and "finished_reason" in sample.labels:
                     reason = f"{name}.{sample.labels['finished_reason']}"
                     values[reason] = values.get(reason, 0.0) + sample.value
-                values[name] = values.get(name, 0.0) + sample.value
+                if isfinite(sample.value):
+                    values[name] = values.get(name, 0.0) + sample.value
     except ValueError:
         return None
     return values

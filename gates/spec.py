@@ -31,7 +31,8 @@ class Threshold(Strict):
     """A bound that decides: a row whose figure lies outside has failed.
 
     ``where`` names the rows by their key, all of them if empty. ``level = "warn"`` is said in the
-    report and does not fail the gate.
+    report and does not fail the gate. ``content`` marks a bound on what the model says: it is not
+    judged where the weights are made up (``--made-weights``).
     """
 
     figure: str
@@ -40,6 +41,7 @@ class Threshold(Strict):
     where: dict[str, Scalar] = {}
     profile: str | None = None
     level: Literal["fail", "warn"] = "fail"
+    content: bool = False
     why: str
 
     @model_validator(mode="after")
@@ -82,7 +84,7 @@ class Gate(Strict):
     """One gate: what it loads the server with, how often, and what its figures must be.
 
     ``params`` are the workload's own (``gates/workloads/``). ``short`` replaces keys of ``params``
-    and ``repeats`` in the short size.
+    and ``repeats`` in the short size. ``total`` adds a row of everything measured.
     """
 
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
@@ -95,6 +97,7 @@ class Gate(Strict):
     timeouts: Timeouts = Timeouts()
     params: dict[str, Any] = {}
     short: dict[str, Any] = {}
+    total: bool = False
     columns: list[Column] = Field(min_length=1)
     thresholds: list[Threshold] = Field(min_length=1)
     expected: list[Expected] = []

@@ -28,6 +28,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     p.add_argument("--variant", default="", help="a label for the tables, such as MTP=2")
     p.add_argument("--out", type=Path, metavar="FOLDER", help="where the run is kept")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument(
+        "--made-weights",
+        action="store_true",
+        help="the model's weights are made up: what it says is measured and not judged",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the plan and send nothing")
     p.add_argument(
         "--ready-within",
@@ -88,6 +93,7 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
             "started": now(),
             "size": args.size,
             "variant": args.variant,
+            "made_weights": args.made_weights,
             "profile": profile.model_dump(),
             "server": target.record(),
             "serve": list(args.serve),
@@ -124,7 +130,9 @@ def same(kept: dict[str, Any], asked: dict[str, Any]) -> None:
     Raises:
         StackError: What differs.
     """
-    different = [name for name in ("size", "variant", "gates") if kept[name] != asked[name]]
+    different = [
+        name for name in ("size", "variant", "made_weights", "gates") if kept[name] != asked[name]
+    ]
     if kept["profile"]["name"] != asked["profile"]["name"]:
         different.append("profile")
     for name in ("model", "version", "max_model_len", "prefix_cache", "speculation"):
