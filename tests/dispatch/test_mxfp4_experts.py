@@ -353,3 +353,32 @@ def test_the_engine_may_reuse_our_output(cuda):
     assert isinstance(kernel.finalize_weight_and_reduce_impl(), TopKWeightAndReduceNoOP)
     assert kernel.supports_expert_map()
     assert SimpleNamespace(batched=kernel.is_monolithic()).batched is False
+
+
+def test_many_pairs_are_sorted_by_vllms_own_operation(cuda, monkeypatch):
+    from vllm.model_executor.layers.fused_moe import moe_align_block_size as routing
+
+    from vllm_sm12x.adapters import mxfp4_experts as adapter
+
+    given = {}
+    monkeypatch.setattr(adapter, "mxfp4_experts", lambda *args, **kwargs: given.update(kwargs))
+    kernel = experts(quant_config())
+    x = torch.zeros(1, HIDDEN, dtype=torch.bfloat16)
+    kernel.apply(
+        output=x,
+        hidden_states=x,
+        w1=x,
+        w2=x,
+        topk_weights=x,
+        topk_ids=x,
+        activation=kernel.moe_config.activation,
+        global_num_experts=EXPERTS,
+        expert_map=None,
+        a1q_scale=None,
+        a2_scale=None,
+        workspace13=x,
+        workspace2=x,
+        expert_tokens_meta=None,
+        apply_router_weight_on_input=False,
+    )
+    assert given["align"] is routing.moe_align_block_size

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEParallelConfig,
     FusedMoEQuantConfig,
 )
+from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey, kMxfp4Static
 from vllm.platforms import current_platform
@@ -119,4 +120,5 @@ class SM12xMxfp4Experts(mk.FusedMoEExpertsModular):
             swiglu_limit=self.quant_config.gemm1_clamp_limit,
             apply_router_weight_on_input=apply_router_weight_on_input,
             expert_map=expert_map,
+            align=moe_align_block_size,
         )
