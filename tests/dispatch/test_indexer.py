@@ -168,6 +168,62 @@ def test_the_schedule_of_decode(portable, installed, monkeypatch):
         assert (metadata.decode.schedule_metadata == UNTOUCHED).all()
 
 
+def padded_decode_lengths(drafted: int, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Lengths that the real ``build()`` makes of three decoding requests in a graph for four."""
+    from vllm.v1.attention.backends.mla import indexer
+
+    monkeypatch.setattr(indexer, "get_paged_mqa_logits_metadata", Mock(return_value=0))
+    monkeypatch.setattr(indexer, "get_compressed_slot_mapping", Mock())
+    next_n = 1 + drafted
+    builder = object.__new__(indexer.DeepseekV32IndexerMetadataBuilder)
+    builder.reorder_batch_threshold = next_n
+    builder.num_speculative_tokens = drafted
+    builder.use_flattening = drafted > 1  # as the constructor chooses outside the SM100 family
+    builder.compress_ratio = 4
+    builder.kv_cache_spec = SimpleNamespace(storage_block_size=64)
+    builder.num_sms = 3
+    for name in ("decode_lens", "decode_seq_lens", "expanded_seq_lens"):
+        # What an earlier, longer batch left there.
+        setattr(builder, f"{name}_buffer", torch.full((32,), -9, dtype=torch.int32))
+    builder.arange_buffer = torch.arange(32, dtype=torch.int32)
+    builder.offsets_buffer = torch.arange(next_n, dtype=torch.int32)
+    builder.expanded_block_table_buffer = torch.zeros(32, 2, dtype=torch.int32)
+    builder.compressed_slot_mapping_buffer = torch.zeros(32, dtype=torch.int64)
+    builder.scheduler_metadata_buffer = torch.zeros(4, 2, dtype=torch.int32)
+    starts = torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32) * next_n
+    common = SimpleNamespace(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=torch.tensor([next_n, 9, 402, 0], dtype=torch.int32),
+        num_reqs=4,
+        num_actual_tokens=4 * next_n,
+        max_query_len=next_n,
+        max_seq_len=402,
+        block_table_tensor=torch.tensor([[4, 0], [5, 0], [6, 7], [0, 0]], dtype=torch.int32),
+        slot_mapping=torch.arange(4 * next_n),
+    )
+    return builder.build(0, common).decode.seq_lens.tolist()
+
+
+@pytest.mark.operation("paged_mqa_logits")
+def test_padding_rows_have_no_length_below_zero(portable, monkeypatch):
+    # A token sees an entry for each four of the tokens up to itself.
+    lengths = padded_decode_lengths(1, monkeypatch)
+    assert lengths[:3] == [[0, 0], [2, 2], [100, 100]]
+    # Upstream's has -1 there: as an unsigned number 4,294,967,295 keys.
+    assert lengths[3] == ([0, 0] if portable else [-1, 0])
+
+
+@pytest.mark.operation("paged_mqa_logits")
+@pytest.mark.parametrize(
+    ("drafted", "expected"),
+    [(2, [0, 0, 0, 1, 2, 2, 100, 100, 100]), (3, [0, 0, 0, 1, 1, 1, 2, 2, 99, 100, 100, 100])],
+)
+def test_flattened_padding_rows_have_length_zero(portable, monkeypatch, drafted, expected):
+    lengths = padded_decode_lengths(drafted, monkeypatch)
+    assert lengths == [[length] for length in expected + [0] * (1 + drafted)]
+
+
 def make_indexer(monkeypatch: pytest.MonkeyPatch, installed: bool) -> object:
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers import sparse_attn_indexer

@@ -99,7 +99,8 @@ def _strings(value: object, name: str, path: Path) -> tuple[str, ...]:
 def touched(patches: Path) -> dict[str, list[str]]:
     """Upstream's files that the series changes, each with the patches that do.
 
-    Files that a patch adds are left out: upstream has no test of them.
+    Files that a patch adds are left out: upstream has no test of them. So are upstream's own tests,
+    to which patches add some (see ``added.py``).
 
     Args:
         patches: The folder that holds ``series``.
@@ -113,6 +114,8 @@ def touched(patches: Path) -> dict[str, list[str]]:
         for match in re.finditer(
             r"^diff --git a/(?P<path>.+) b/(?P=path)\n(?P<head>(?!diff --git )[^\n]*\n)", text, re.M
         ):
+            if match["path"].startswith("tests/"):
+                continue
             if not match["head"].startswith("new file mode"):
                 files.setdefault(match["path"], []).append(name)
     return files

@@ -79,6 +79,11 @@ def test_touched_lists_changed_files_and_not_added_ones(tmp_path):
     assert mapping.touched(patches) == {"vllm/a.py": ["one.patch", "two.patch"]}
 
 
+def test_upstreams_own_tests_are_not_touched_files(tmp_path):
+    text = _CHANGE.replace("vllm/a.py", "tests/a.py")
+    assert mapping.touched(_series(tmp_path, one=text)) == {}
+
+
 def test_a_deleted_file_is_touched(tmp_path):
     text = "diff --git a/vllm/gone.py b/vllm/gone.py\ndeleted file mode 100644\n"
     assert mapping.touched(_series(tmp_path, one=text)) == {"vllm/gone.py": ["one.patch"]}
