@@ -12,9 +12,10 @@ from pathlib import Path
 from stack.errors import StackError
 from stack.pin import ROOT, load_pin
 from tests.rings.outcomes import PASSED
-from tests.upstream import compare, mapping, suite
+from tests.upstream import added, compare, mapping, suite
 
 FOLDER = ROOT / ".build" / "upstream"
+ADDED = ROOT / ".build" / "upstream-added"
 REMAKE = "python -m tests.upstream baseline --python PYTHON_WITH_UPSTREAMS_WHEEL"
 _VERSIONS = """
 import importlib.metadata as m, json, platform
@@ -75,7 +76,10 @@ def _file(node: str) -> str:
 
 
 def run(python: Path, summary: Path | None, workers: int) -> int:
-    """Run the CPU tests with our wheel, compare, and return 1 where the rule is broken."""
+    """Run the CPU tests with our wheel and compare, then the tests that the series adds.
+
+    Returns 1 where a test is worse than with upstream's wheel, or an added one does not pass.
+    """
     found = versions(python)
     expected = load_pin().local_version
     if found["vllm"] != expected:
@@ -106,14 +110,20 @@ def run(python: Path, summary: Path | None, workers: int) -> int:
         f"both wheels, {len(result.worse)} are worse, {len(result.unknown)} unknown; upstream's "
         f"wheel passes {sum(outcome.result == PASSED for outcome in stock.values())}"
     )
+    nodes = added.lay_out(ADDED)
+    outcomes = suite.run(python, ADDED, [nodes] if nodes else [])
+    not_passed = added.judge(nodes, outcomes)
+    passed = sum(outcome.result == PASSED for outcome in outcomes.values())
+    print("".join(f"  {line}\n" for line in not_passed), end="")
+    print(f"{passed} tests pass that the series adds, {len(not_passed)} do not")
     if summary:
         counts = {
-            "passed": result.passed,
-            "failed": len(result.worse) + len(result.unknown),
+            "passed": result.passed + passed,
+            "failed": len(result.worse) + len(result.unknown) + len(not_passed),
             "skipped": result.not_run + result.failed_in_both,
         }
         summary.write_text(json.dumps(counts) + "\n", encoding="utf-8")
-    return 0 if result.holds else 1
+    return 0 if result.holds and not not_passed else 1
 
 
 def main() -> int:
@@ -121,7 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.upstream", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("run", "run the CPU tests with our wheel and compare with the baseline"),
+        ("run", "run the CPU tests with our wheel, compare, and run the tests that patches add"),
         ("baseline", "run every mapped test with upstream's wheel and write the baseline"),
     ):
         command = commands.add_parser(name, help=text)

@@ -108,15 +108,16 @@ def run(
     Args:
         python: The interpreter of an environment with a vLLM wheel and tests/requirements.txt.
         folder: What ``lay_out`` returned.
-        groups: Paths such as ``tests/v1/core/test_prefix_caching.py``; a group shares a process.
-            Files that are compared run alone: a crash then loses one file's outcomes, and no
-            file's outcomes hang on which others run.
+        groups: Paths such as ``tests/v1/core/test_prefix_caching.py``, or node ids in such a file;
+            a group shares a process. Files that are compared run alone: a crash then loses one
+            file's outcomes, and no file's outcomes hang on which others run.
         workers: How many groups run at once.
 
     Raises:
         StackError: A file is not in the release, or pytest wrote no outcome of a group.
     """
-    for file in itertools.chain.from_iterable(groups):
+    for entry in itertools.chain.from_iterable(groups):
+        file = entry.partition("::")[0]
         if not (folder / file).is_file():
             raise StackError(f"{file} is not in vLLM {load_pin().version}", "mend map.toml")
     outcomes: dict[str, Outcome] = {}
@@ -129,7 +130,8 @@ def run(
 def _run_group(python: Path, folder: Path, files: Sequence[str]) -> dict[str, Outcome]:
     started = time.monotonic()
     title = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    log = folder / "logs" / f"{files[0].removesuffix('.py').replace('/', '-')}.jsonl"
+    name = files[0].partition("::")[0].removesuffix(".py").replace("/", "-")
+    log = folder / "logs" / f"{name}.jsonl"
     log.parent.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
     text = log.with_suffix(".txt")
