@@ -38,16 +38,20 @@ class Row:
     maxnreg: int | None = None
 
 
-_FEW = Row(pages=2, num_warps=4, num_stages=5, programs=3)
-_MANY = Row(pages=2, num_warps=4, num_stages=5, programs=3)
+# Two blocks fit: 43 KiB of shared memory each.
+_SM12X = Row(pages=2, num_warps=4, num_stages=5, programs=2)
+_HOPPER = Row(pages=2, num_warps=4, num_stages=5, programs=3)
 
-_ROWS = {(heads, rows): _FEW if rows == "few" else _MANY for heads in HEADS for rows in ROWS}
+
+def _all_shapes(row: Row) -> dict[tuple[int, str], Row]:
+    return {(heads, rows): row for heads in HEADS for rows in ROWS}
+
 
 # Target (as `vllm_sm12x.lowering.target_key` names it) -> (heads, rows) -> row.
 TABLE: dict[str, dict[tuple[int, str], Row]] = {
-    "sm_120": _ROWS,
-    "sm_121": _ROWS,
-    "sm_90": _ROWS,
+    "sm_120": _all_shapes(_SM12X),
+    "sm_121": _all_shapes(_SM12X),
+    "sm_90": _all_shapes(_HOPPER),
 }
 
 
