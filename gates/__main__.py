@@ -13,6 +13,8 @@ COMMANDS = {
     "run": "gates.commands.run",
     "plan": "gates.commands.plan",
     "report": "gates.commands.report",
+    "compare": "gates.commands.compare",
+    "doctor": "gates.commands.doctor",
 }
 
 

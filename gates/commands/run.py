@@ -41,6 +41,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         metavar="SECONDS",
         help="how long the started server may take (default: 3600)",
     )
+    p.add_argument(
+        "--python",
+        metavar="PROGRAM",
+        help="the Python that serves, for the receipt (default: that of the started program)",
+    )
     options.add_data(p)
     p.add_argument("serve", nargs="*", metavar="-- COMMAND", help="start this as the server")
     p.set_defaults(run=run)
@@ -98,7 +103,7 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
             "server": target.record(),
             "serve": list(args.serve),
             "options": {key: value for key, value in given.items() if key != "start"},
-            "machine": receipt.machine(),
+            "machine": receipt.machine(receipt.serving_python(args.serve, args.python)),
             "gates": [phase.gate.model_dump() for phase in phases],
             "order": {phase.gate.name: [row[0].key for row in phase.rows] for phase in phases},
         }

@@ -31,7 +31,7 @@ def variants(folders: Sequence[RunFolder]) -> dict[str, list[Variant]]:
         about = folder.about
         for result in results(folder):
             by_gate.setdefault(result.gate.name, []).append(
-                Variant(about.get("variant", ""), about["profile"]["name"], result)
+                Variant(about.get("variant", ""), about["profile"]["name"], about["size"], result)
             )
     return by_gate
 

@@ -101,10 +101,19 @@ def _lines(
             )
         )
     plot.y_range.start = 0
-    plot.legend.label_text_font_size = "10px"
-    plot.legend.background_fill_alpha = 0.7
-    plot.legend.click_policy = "hide"
+    _legend(plot)
     return plot
+
+
+def _legend(plot: Any) -> None:
+    """Below the plot, where it hides no point; a click on a line's name hides the line."""
+    if not plot.legend:
+        return
+    legend = plot.legend[0]
+    legend.label_text_font_size = "11px"
+    legend.click_policy = "hide"
+    legend.ncols = 2
+    plot.add_layout(legend, "below")
 
 
 def _telling(points: Sequence[tuple[str, RowResult]], axis: str) -> list[str]:
@@ -147,8 +156,7 @@ def _timeline(answers: Sequence[dict[str, Any]], name: str) -> Model:
                 [answer.sent_at - start], [0], [at[0]], [0], color=color, line_dash="dotted"
             )
     plot.add_tools(HoverTool(tooltips=[("s", "@x{0.000}"), ("tokens", "@y")]))
-    plot.legend.location = "top_left"
-    plot.legend.click_policy = "hide"
+    _legend(plot)
     return plot
 
 

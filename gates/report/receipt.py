@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("vllm", "torch", "triton", "nvidia-nccl-cu13", "flashinfer-python", "httpx", "lm-eval")
 
 
-def machine() -> dict[str, Any]:
-    """This machine, as far as it says: system, Python, GPUs and driver, versions, this checkout."""
+def machine(serving: str | None = None) -> dict[str, Any]:
+    """This machine, as far as it says: system, GPUs and driver, this checkout, versions.
+
+    Args:
+        serving: The Python that serves; its packages, NCCL and peer access are asked for.
+    """
+    from gates.doctor.facts import probe
+
     found: dict[str, Any] = {
         "system": platform.platform(),
         "architecture": platform.machine(),
@@ -26,7 +35,27 @@ def machine() -> dict[str, Any]:
         "packages": {name: found for name in LIBRARIES if (found := version(name))},
     }
     found.update(gpus())
+    if serving:
+        found["serving"] = probe(serving, try_sampler=False, within_s=120.0)
     return found
+
+
+def serving_python(command: Sequence[str], named: str | None) -> str | None:
+    """The Python that serves: the one named, or the one in the first line of the server's program.
+
+    None where neither says it: a server that ran already, or a program that is no script.
+    """
+    if named or not command:
+        return named
+    program = shutil.which(command[0])
+    if program is None:
+        return None
+    with open(program, "rb") as file:
+        first = file.readline(4096)
+    if re.search(r"^python[\d.]*$", Path(program).name):
+        return program
+    line = first.decode("utf-8", "replace").strip()
+    return line[2:].split()[0] if line.startswith("#!") and "python" in line else None
 
 
 def version(name: str) -> str | None:
@@ -90,16 +119,21 @@ def facts(folder: RunFolder) -> list[list[str]]:
     about = folder.about
     here, server = about["machine"], about["server"]
     gpus = [f"{gpu['name']} ({gpu['capability']})" for gpu in here.get("gpus", [])]
+    serving = here.get("serving", {})
+    packages = serving.get("packages") or {}
     rows = [
         ["Server", f"{server['model']}, {_server(server)}"],
         ["Variant", about.get("variant") or "not named"],
         ["Profile", f"{about['profile']['title']}, size {about['size']}"],
         ["GPUs of the machine that measured", ", ".join(gpus) or "none seen"],
         ["Driver", str(here.get("driver", "none seen"))],
+        ["NCCL", str(serving.get("nccl") or "not known (--python names the Python that serves)")],
         [
-            "Packages of the machine that measured",
-            ", ".join(f"{name} {number}" for name, number in here["packages"].items()),
+            "Packages that served",
+            ", ".join(f"{name} {number}" for name, number in packages.items())
+            or str(serving.get("error") or "not known"),
         ],
+        ["Suite", here.get("gates_commit") or "not a git checkout"],
         [
             "Serve command",
             " ".join(about.get("serve") or []) or "not known: the server ran already",
