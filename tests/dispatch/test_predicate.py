@@ -199,9 +199,10 @@ def test_patches_and_adapters_use_every_operation_and_no_other():
     assert set(dispatch.REQUIRES.items()) == {("fp8_linear", "fp8_einsum")}
 
 
-def test_every_patch_names_a_test_that_exists():
+def test_every_patch_names_a_test_of_ours():
     for patch in sorted((ROOT / "patches").rglob("*.patch")):
         tests = re.findall(r"^Tests: (.+)$", patch.read_text(), re.MULTILINE)
         assert len(tests) == 1, patch.name
-        for path in tests[0].replace(",", " ").split():
-            assert (ROOT / path).is_file(), f"{patch.name}: {path}"
+        # `stack check` finds the others in upstream's patched tree.
+        named = tests[0].replace(",", " ").split()
+        assert any((ROOT / path).is_file() for path in named), f"{patch.name}: {named}"
