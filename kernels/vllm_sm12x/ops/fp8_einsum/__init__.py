@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
+from vllm_sm12x.implementation import Implementation, choose
 from vllm_sm12x.ops import guards
 from vllm_sm12x.ops.fp8_einsum import reference
 from vllm_sm12x.ops.fp8_einsum.reference import BLOCK
-
-# "reference": plain PyTorch. "triton": our kernel, for a GPU (or Triton's interpreter).
-Implementation = Literal["reference", "triton"]
 
 
 def fp8_einsum_bhr_hdr(
@@ -21,7 +17,7 @@ def fp8_einsum_bhr_hdr(
     b_scale: torch.Tensor,
     out: torch.Tensor,
     *,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> None:
     """``out[t, g, n] = sum_k a[t, g, k] * b[g, n, k]`` over block-scaled FP8 operands.
 
@@ -38,20 +34,19 @@ def fp8_einsum_bhr_hdr(
         b_scale: float32, or UE8M0 as float8_e8m0fnu or uint8; ``[G * N / 128, K / 128]`` or
             ``[G, N / 128, K / 128]``, any strides.
         out: bfloat16 ``[T, G, N]``, any strides; written in full.
-        implementation: ``"triton"`` multiplies in FP8, without a copy of the operands, and
-            allocates nothing. It sums 128 products at a time as the GPU's FP8 matrix instruction
-            does, which may keep fewer bits than float32 has, and those sums in float32.
+        implementation: As :func:`vllm_sm12x.implementation.choose` takes it. The kernel multiplies
+            in FP8, without a copy of the operands, and allocates nothing. It sums 128 products at a
+            time as the GPU's FP8 matrix instruction does, which may keep fewer bits than float32
+            has, and those sums in float32.
 
     Raises:
         ValueError: A shape, dtype, stride or device is not one of these, or ``implementation`` is
             unknown.
     """
-    if implementation not in get_args(Implementation):
-        allowed = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation: {implementation!r}, allowed: {allowed}")
     tensors = {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "out": out}
     for name, value in tensors.items():
         guards.check_tensor(name, value)
+    form = choose("fp8_einsum", implementation, a.is_cuda)
     guards.check_dtype("a", a, torch.float8_e4m3fn)
     guards.check_dtype("a_scale", a_scale, torch.float32)
     guards.check_dtype("b", b, torch.float8_e4m3fn)
@@ -74,7 +69,7 @@ def fp8_einsum_bhr_hdr(
     guards.check_stride("a", a, -1, 1)
     guards.check_stride("b", b, -1, 1)
     guards.check_same_device(**tensors)
-    if implementation == "reference":
+    if form == "reference":
         reference.fp8_einsum_bhr_hdr(a, a_scale, b, b_scale, out)
         return
     from vllm_sm12x.ops.fp8_einsum import kernel  # here, so that the rest needs no Triton

@@ -14,23 +14,18 @@ is taken before that rounding; then the product is rounded once more.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from types import ModuleType
 
 import torch
 
+from vllm_sm12x.implementation import Implementation, choose
 from vllm_sm12x.ops import guards
 from vllm_sm12x.ops.mhc import reference
 
-# "reference": plain PyTorch. "triton": our kernels, for a GPU (or Triton's interpreter).
-Implementation = Literal["reference", "triton"]
 
-
-def _choose(implementation: str):
-    """The module with the functions of an implementation."""
-    if implementation not in get_args(Implementation):
-        allowed = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation: {implementation!r}, allowed: {allowed}")
-    if implementation == "reference":
+def _form(implementation: Implementation | None, tensor: torch.Tensor) -> ModuleType:
+    """The module whose functions a call takes."""
+    if choose("mhc", implementation, tensor.is_cuda) == "reference":
         return reference
     from vllm_sm12x.ops.mhc import launch  # here, so that the rest needs no Triton
 
@@ -112,7 +107,7 @@ def mhc_pre(
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
     *,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights of the streams from the streams, and the input of the layer that follows.
 
@@ -133,8 +128,9 @@ def mhc_pre(
         norm_weight: bfloat16 or float32 ``[H]`` (used as bfloat16): apply RMSNorm to the layer's
             input. ``None``: do not.
         norm_eps: Of that norm.
-        implementation: ``"triton"`` takes four streams, and each number of ``fn`` with a relative
-            error of up to ``2**-17``. Tensors that are not contiguous are copied first.
+        implementation: As :func:`vllm_sm12x.implementation.choose` takes it. The kernels take four
+            streams, and each number of ``fn`` with a relative error of up to ``2**-17``. Tensors
+            that are not contiguous are copied first.
 
     Returns:
         ``post_mix`` float32 ``[..., M, 1]``, ``comb_mix`` float32 ``[..., M, M]`` and
@@ -145,7 +141,7 @@ def mhc_pre(
             ``implementation`` is unknown or has no kernel for the number of streams.
     """
     _check_mapping(residual, fn, hc_scale, hc_base, sinkhorn_repeat, norm_weight)
-    return _choose(implementation).mhc_pre(
+    return _form(implementation, residual).mhc_pre(
         residual,
         fn,
         hc_scale,
@@ -166,7 +162,7 @@ def mhc_post(
     post_layer_mix: torch.Tensor,
     comb_res_mix: torch.Tensor,
     *,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> torch.Tensor:
     """``out[j] = post_layer_mix[j] * x + sum_i comb_res_mix[i, j] * residual[i]``, a token.
 
@@ -184,7 +180,7 @@ def mhc_post(
         ValueError: A shape, dtype or device is not one of these.
     """
     _check_post(x, residual, post_layer_mix, comb_res_mix)
-    return _choose(implementation).mhc_post(x, residual, post_layer_mix, comb_res_mix)
+    return _form(implementation, residual).mhc_post(x, residual, post_layer_mix, comb_res_mix)
 
 
 def mhc_fused_post_pre(
@@ -205,7 +201,7 @@ def mhc_fused_post_pre(
     norm_weight: torch.Tensor | None = None,
     norm_eps: float = 1e-6,
     *,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`mhc_post`, then :func:`mhc_pre` of its result; the arguments are theirs.
 
@@ -225,7 +221,7 @@ def mhc_fused_post_pre(
     """
     _check_post(x, residual, post_layer_mix, comb_res_mix)
     _check_mapping(residual, fn, hc_scale, hc_base, sinkhorn_repeat, norm_weight)
-    return _choose(implementation).mhc_fused_post_pre(
+    return _form(implementation, residual).mhc_fused_post_pre(
         x,
         residual,
         post_layer_mix,
@@ -251,7 +247,7 @@ def hc_head(
     rms_norm_eps: float,
     hc_eps: float,
     *,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> torch.Tensor:
     """Collapse the streams at the end of the model: a sum with weights ``sigmoid(.) + hc_eps``.
 
@@ -276,7 +272,7 @@ def hc_head(
         guards.check_dtype(name, tensor, torch.float32)
         guards.check_shape(name, tensor, shapes[name])
     guards.check_same_device(hidden_states=hidden_states, **given)
-    return _choose(implementation).hc_head(
+    return _form(implementation, hidden_states).hc_head(
         hidden_states, hc_fn, hc_scale, hc_base, rms_norm_eps, hc_eps
     )
 
@@ -288,7 +284,7 @@ def hc_prenorm_gemm(
     sqrsum: torch.Tensor,
     n_splits: int = 1,
     *,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> None:
     """Mix logits and squared norms of the flattened streams, in parts over the inner dimension.
 
@@ -319,4 +315,4 @@ def hc_prenorm_gemm(
     guards.check_shape("out", out, (n_splits, "T", "N"), sizes)
     guards.check_shape("sqrsum", sqrsum, (n_splits, "T"), sizes)
     guards.check_same_device(**tensors)
-    _choose(implementation).hc_prenorm_gemm(x, fn, out, sqrsum)
+    _form(implementation, x).hc_prenorm_gemm(x, fn, out, sqrsum)
