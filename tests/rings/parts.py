@@ -16,11 +16,13 @@ class Part:
     tool's requirements. ``wheel``: pytest of ``tests/NAME`` with the wheel installed. ``gates``:
     pytest of ``tests/NAME`` with the validation suite's requirements; the wheel's environment lies
     beside it. ``suite``: upstream's own tests with the wheel installed.
+    ``spread``: over the cores, where no GPU has to be shared.
     """
 
     name: str
     kind: Kind
     proves: str
+    spread: bool = False
 
 
 PARTS = (
@@ -32,7 +34,12 @@ PARTS = (
     Part("wheel", "checks", "the wheel is whole and repeatable; what must be refused is refused"),
     Part("upstream", "checks", "each touched file has its upstream tests named; the comparison"),
     Part("dispatch", "wheel", "every patched function is inert where it must be"),
-    Part("kernels", "wheel", "every operation equals its definition; every kernel fits SM12x"),
+    Part(
+        "kernels",
+        "wheel",
+        "every operation equals its definition; every kernel fits SM12x",
+        spread=True,
+    ),
     Part("checkpoint", "wheel", "made checkpoints load, whole, through vLLM's own loader"),
     Part("engine", "wheel", "the tools of the engine's run on a GPU"),
     Part("gates", "gates", "the validation suite measures what was played, whatever a server does"),

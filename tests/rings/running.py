@@ -19,6 +19,7 @@ from tests.rings.report import Result, judged
 OUTCOMES = ROOT / ".build" / "outcomes"
 # Variables that change what is tested; a developer's shell must not.
 DROPPED = ("SM12X_PORTABLE", "VLLM_", "TRITON_", "HF_", "PYTEST_", "PYTHONPATH", "PYTHONHOME")
+MOST_WORKERS = 8
 # pytest's exit status when the selection is empty.
 NO_TESTS = 5
 
@@ -92,6 +93,7 @@ def _pytest(part: Part, selection: Selection, log: Path | None, gpu: bool) -> tu
     command = [
         *(str(python), "-m", "pytest", f"tests/{part.name}", f"--report-log={report}"),
         *("-p", "no:cacheprovider", "--durations=5"),
+        *(_workers() if part.spread and not gpu else ()),
         *selection.arguments,
     ]
     status = call(command, log, environment_of(part, gpu))
@@ -100,6 +102,11 @@ def _pytest(part: Part, selection: Selection, log: Path | None, gpu: bool) -> tu
     problem = "" if ended(report) else f"pytest did not come to its end (exit status {status})"
     result = Result(part.name, counts[PASSED], counts[FAILED], counts[SKIPPED], problem=problem)
     return result, status
+
+
+def _workers() -> list[str]:
+    """So that pytest-xdist uses the cores; each worker takes about a gigabyte."""
+    return ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "worksteal"]
 
 
 def _lint(part: Part, log: Path | None) -> tuple[Result, int]:
