@@ -97,7 +97,7 @@ def test_scratch_covers_every_smaller_batch(target, fill, heads):
         assert stated(tokens) >= largest > 0
     # It does not grow with the batch: at most one partial result a program that fits, in blocks.
     row = config_decode.row(1, heads, 1152, target)
-    assert stated(512) <= fill * row.programs * 32 * 514 * 4
+    assert stated(512) <= fill * row.programs * 64 * 514 * 4
 
 
 def small_call(**changes) -> dict:

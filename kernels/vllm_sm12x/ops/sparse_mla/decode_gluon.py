@@ -225,6 +225,7 @@ def split_kernel(
     BLOCK_N: gl.constexpr,
     PARTS: gl.constexpr,
 ):
+    """As ``decode_kernel._split_kernel``; ``BLOCK_N`` is 16."""
     WARPS: gl.constexpr = gl.num_warps()
     COLUMNS: gl.constexpr = _HEAD_DIM // PARTS
     # Both products: a part of the columns for WARPS / PARTS warps, which lie along the last axis.
