@@ -58,12 +58,13 @@ async def probe(client: httpx.AsyncClient, url: str, model: str | None) -> Serve
             "start the server, or name it with --url",
         ) from error
     names = [entry["id"] for entry in models]
-    if not names or (model is not None and model not in names):
+    # Some servers list no local model; then the name that was asked for is taken as it is.
+    if not (names or model) or (names and model is not None and model not in names):
         raise StackError(
             f"the server at {url} has no model {model or ''}".rstrip(),
             f"it has: {', '.join(names) or 'none'}",
         )
-    entry = models[names.index(model) if model else 0]
+    entry = models[names.index(model) if model else 0] if names else {"id": model}
     server = Server(url, entry["id"], max_model_len=entry.get("max_model_len"))
     server.version = await _version(client)
     server.has_tokenize = await count_tokens(client, server, [_user("a")]) is not None

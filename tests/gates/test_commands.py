@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from gates import runner
 from gates.__main__ import main
+from gates.store import RunFolder
 from stack.pin import ROOT
-from tests.gates.fake_server import Status
+from tests.gates.fake_server import Say, Status
 from tests.gates.test_runner import well
 
 PROFILE = ("--profile", "2x-rtx-pro-6000", "--size", "short", "--gate", "long-context-latency")
@@ -118,3 +121,36 @@ def test_help_needs_no_package():
     )
     assert done.returncode == 0, done.stderr
     assert "run" in done.stdout
+
+
+def interrupt_when(out, ready, process, within_s=30.0):
+    """Send the signal of Ctrl-C once the rows on disk are as `ready` wants them."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end and process.poll() is None:
+        path = out / "rows.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if ready([json.loads(line) for line in lines if line.endswith("}")]):
+            process.send_signal(signal.SIGINT)
+            return
+        time.sleep(0.02)
+    raise AssertionError("it never came so far")
+
+
+def test_an_interrupt_keeps_rows_writes_the_report_and_can_be_resumed(fake, tmp_path):
+    out = tmp_path / "run"
+    fake.play = lambda body, number: [Say(0.15, "word "), *well(body, number)[1:]]
+    command = [sys.executable, "-m", "gates", "run", "--url", fake.url, *PROFILE, "--out", str(out)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        interrupt_when(out, lambda rows: sum(row["kind"] == "cell" for row in rows) == 2, process)
+        said = process.communicate(timeout=30)[0]
+    assert process.returncode == 130, said
+    assert "interrupted" in said and "Traceback" not in said
+    assert "it was interrupted before its end" in (out / "report.md").read_text()
+    kept = RunFolder.read(out).of("cell")
+    assert 2 <= len(kept) < 4
+    fake.play = well
+    assert main([*command[3:], "--resume", "--out", str(out)]) == 3
+    cells = RunFolder.read(out).of("cell")
+    assert cells[: len(kept)] == kept and len(cells) == 4

@@ -207,10 +207,9 @@ def _standing(
         seen = f"this machine has {gpu[0]}" if gpu else "no CUDA GPU here; on a machine with one"
         second = f"not run: {seen}: ./test.sh --ring 1"
     if gpu and gpu[1][0] == 12:
-        third = f"not run: this machine has {gpu[0]}, but gates/ is not part of this version yet"
+        third = f"not run: this machine has {gpu[0]}; gates/README.md says how"
     else:
-        third = "not run: needs an SM12x GPU (compute capability 12.0 or 12.1), and gates/, which "
-        third += "is not part of this version yet"
+        third = "not run: needs an SM12x GPU (compute capability 12.0 or 12.1); gates/README.md"
     return (
         f"ring 0 (no GPU):        {first}\n"
         f"ring 1 (any CUDA GPU):  {second}\n"
