@@ -114,6 +114,39 @@ def test_hits_without_drafting_are_upstreams(choose):
     assert hits["none"] == hits["all"] == [0, up_to_boundary(3699), up_to_boundary(2000)]
 
 
+def test_other_drafting_models_keep_upstreams_masks(choose):
+    """A model whose draft layer vLLM does not mark: then every group counts as one that drafts."""
+    import torch
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        KVCacheConfig,
+        KVCacheGroupSpec,
+        SlidingWindowSpec,
+    )
+
+    common = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.bfloat16}
+    groups = [
+        KVCacheGroupSpec(["full"], FullAttentionSpec(block_size=256, **common)),
+        KVCacheGroupSpec(
+            ["window"], SlidingWindowSpec(block_size=64, sliding_window=128, **common)
+        ),
+    ]
+    cached = {}
+    for override in ("none", "all"):
+        choose((12, 0), override)
+        manager = KVCacheManager(
+            KVCacheConfig(num_blocks=256, kv_cache_tensors=[], kv_cache_groups=groups),
+            max_model_len=8192,
+            enable_caching=True,
+            use_eagle=True,
+            hash_block_size=4,
+        )
+        serve(manager, "a", draw(1, 1024))
+        cached[override] = cached_blocks(manager)
+    assert cached["none"] == cached["all"] == {0: 4, 1: 8}
+
+
 def cached_blocks(manager: object) -> dict[int, int]:
     """How many blocks the prefix cache holds, by KV cache group."""
     from vllm.v1.core.kv_cache_utils import get_group_id
