@@ -125,7 +125,7 @@ def paragraphs(seed: str) -> Iterator[str]:
         day += draw.randint(1, 3)
         year, rest = divmod(day, 336)
         month, date = divmod(rest, 28)
-        sentences = [f"{date + 1} {months[month]} of the {_ordinal(year + 1)} year."]
+        sentences = [f"{date + 1} {months[month]} of {_year(year + 1)}."]
         sentences += [_sentence(draw) for _ in range(draw.randint(3, 6))]
         sentences.append(
             f"The toll came to {draw.randint(3, 97)} crowns and {draw.randint(1, 19)} pence from "
@@ -147,6 +147,6 @@ def _sentence(draw: random.Random) -> str:
     return f"{start[:1].upper()}{start[1:]}{end}."
 
 
-def _ordinal(number: int) -> str:
+def _year(number: int) -> str:
     names = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
-    return names[number - 1] if number <= len(names) else f"{number}th"
+    return f"the {names[number - 1]} year" if number <= len(names) else f"year {number}"
