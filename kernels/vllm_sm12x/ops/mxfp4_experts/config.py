@@ -70,8 +70,9 @@ MOST_PAIRS = 256
 # The most rows that an expert has on average, and the kind of tile for them.
 _KINDS = ((8, "16"), (24, "32"), (float("inf"), "64"))
 
-_FEW = Row(16, MOST_PAIRS, Product(64, 256, 4, 4), Product(64, 256, 4, 4))
-_16 = Row(16, 0, Product(64, 256, 4, 4), Product(64, 256, 4, 4))
+# An expert seldom gets more than 8 of so few. Two blocks a multiprocessor of SM12x.
+_FEW = Row(8, MOST_PAIRS, Product(64, 256, 4, 4), Product(64, 256, 4, 4))
+_16 = Row(16, 0, Product(64, 256, 4, 3), Product(64, 256, 4, 3))
 _32 = Row(32, 0, Product(128, 128, 4, 3), Product(128, 128, 4, 3))
 _64 = Row(64, 0, Product(128, 64, 4, 4), Product(128, 64, 4, 4))
 _ROWS = {"few": _FEW, "16": _16, "32": _32, "64": _64}
