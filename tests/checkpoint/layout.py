@@ -83,14 +83,14 @@ def _block(at: str, config: Mapping[str, Any], ratio: int, hashed: bool) -> Iter
     mixes = (2 + streams) * streams
     for part in ("attn", "ffn"):
         yield Weight(f"{at}.hc_{part}_fn", (mixes, streams * hidden), "f32", "linear")
-        yield Weight(f"{at}.hc_{part}_base", (mixes,), "f32", "hc_base")
+        yield Weight(f"{at}.hc_{part}_base", (mixes,), "f32", "heavy_hc_base")
         yield Weight(f"{at}.hc_{part}_scale", (3,), "f32", "hc_scale")
 
 
 def _head_mix(at: str, config: Mapping[str, Any]) -> Iterator[Weight]:
     streams = config["hc_mult"]
     yield Weight(f"{at}hc_head_fn", (streams, streams * config["hidden_size"]), "f32", "linear")
-    yield Weight(f"{at}hc_head_base", (streams,), "f32", "hc_base")
+    yield Weight(f"{at}hc_head_base", (streams,), "f32", "heavy_hc_base")
     yield Weight(f"{at}hc_head_scale", (1,), "f32", "hc_scale")
 
 
@@ -102,26 +102,26 @@ def _attention(at: str, config: Mapping[str, Any], ratio: int) -> Iterator[Weigh
     yield Weight(f"{at}.q_norm.weight", (rank,), "bf16", "norm")
     yield Weight(f"{at}.wq_b.weight", (heads * head, rank), "fp8", "linear")
     yield Weight(f"{at}.wkv.weight", (head, hidden), "fp8", "linear")
-    yield Weight(f"{at}.kv_norm.weight", (head,), "bf16", "norm")
+    yield Weight(f"{at}.kv_norm.weight", (head,), "bf16", "key_norm")
     yield Weight(f"{at}.wo_a.weight", (output, heads * head // groups), "fp8", "linear")
-    yield Weight(f"{at}.wo_b.weight", (hidden, output), "fp8", "linear")
-    yield Weight(f"{at}.attn_sink", (heads,), "f32", "sink")
+    yield Weight(f"{at}.wo_b.weight", (hidden, output), "fp8", "attention_output")
+    yield Weight(f"{at}.attn_sink", (heads,), "f32", "heavy_sink")
     if ratio:
-        yield from _compressor(f"{at}.compressor", hidden, head, ratio)
+        yield from _compressor(f"{at}.compressor", hidden, head, ratio, "key_norm")
     if ratio == 4:
         index_heads, index_head = config["index_n_heads"], config["index_head_dim"]
         yield Weight(f"{at}.indexer.wq_b.weight", (index_heads * index_head, rank), "fp8", "linear")
         yield Weight(f"{at}.indexer.weights_proj.weight", (index_heads, hidden), "bf16", "linear")
-        yield from _compressor(f"{at}.indexer.compressor", hidden, index_head, ratio)
+        yield from _compressor(f"{at}.indexer.compressor", hidden, index_head, ratio, "norm")
 
 
-def _compressor(at: str, hidden: int, head: int, ratio: int) -> Iterator[Weight]:
+def _compressor(at: str, hidden: int, head: int, ratio: int, norm: Kind) -> Iterator[Weight]:
     # C4A's windows overlap: each token has a row for its own window and one for the next.
     width = 2 * head if ratio == 4 else head
-    yield Weight(f"{at}.ape", (ratio, width), "f32", "position_bias")
+    yield Weight(f"{at}.ape", (ratio, width), "f32", "heavy_position_bias")
     yield Weight(f"{at}.wkv.weight", (width, hidden), "bf16", "linear")
     yield Weight(f"{at}.wgate.weight", (width, hidden), "bf16", "linear")
-    yield Weight(f"{at}.norm.weight", (head,), "bf16", "norm")
+    yield Weight(f"{at}.norm.weight", (head,), "bf16", norm)
 
 
 def _experts(at: str, config: Mapping[str, Any], hashed: bool) -> Iterator[Weight]:

@@ -21,7 +21,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 128,
         "o_groups": 2,
         "o_lora_rank": 128,
-        "index_n_heads": 4,
+        # Few heads would leave many entries without a score, all alike.
+        "index_n_heads": 16,
         "index_topk": 32,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
@@ -36,6 +37,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 128,
         "o_groups": 4,
         "o_lora_rank": 128,
+        # Experts chosen by rank, where rounding may choose another one, in one layer alone.
+        "num_hash_layers": 2,
         "n_routed_experts": 16,
         "moe_intermediate_size": 256,
     },

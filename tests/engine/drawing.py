@@ -15,6 +15,13 @@ import torch
 # Standard deviation of the logits: greedy text that does not hang on rounding.
 LOGIT_STD = 4.0
 
+# What a checkpoint has beyond the weights in memory, so that each part of attention shows in the
+# answers: with keys of unit length, random attention spreads over all keys alike, and a lost key,
+# sink or position changes less than rounding does. The softmax's logits get this standard
+# deviation, the sinks are as heavy as the keys together, and the output is brought back to one.
+KEY_GAIN = 2.5
+_SINK_MEAN = 5.0
+
 Kind = Literal[
     "linear",
     "norm",
@@ -25,7 +32,23 @@ Kind = Literal[
     "hc_base",
     "router_bias",
     "position_bias",
+    "key_norm",
+    "attention_output",
+    "heavy_sink",
+    "heavy_hc_base",
+    "heavy_position_bias",
 ]
+
+
+_STD = {
+    "embedding": 1.0,
+    "sink": 1.0,
+    "hc_base": 0.5,
+    "heavy_hc_base": 1.5,
+    "router_bias": 0.02,
+    "position_bias": 0.1,
+    "heavy_position_bias": 1.0,
+}
 
 
 def draw(
@@ -39,14 +62,19 @@ def draw(
     fan_in = shape[-1]
     if kind == "linear":
         return normal(1 / math.sqrt(fan_in))
+    if kind == "attention_output":
+        return normal(1 / (KEY_GAIN * math.sqrt(fan_in)))
+    if kind == "key_norm":
+        return normal(0.1 * KEY_GAIN, mean=KEY_GAIN)
+    if kind == "heavy_sink":
+        return normal(1.5, mean=_SINK_MEAN)
     if kind == "head":
         return normal(LOGIT_STD / math.sqrt(fan_in))
     if kind == "norm":
         return normal(0.1, mean=1.0)
     if kind == "hc_scale":
         return torch.ones(*shape, device=device)
-    std = {"embedding": 1.0, "sink": 1.0, "hc_base": 0.5, "router_bias": 0.02, "position_bias": 0.1}
-    return normal(std[kind])
+    return normal(_STD[kind])
 
 
 def distinct_experts(
