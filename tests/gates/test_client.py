@@ -69,6 +69,17 @@ def test_without_counts_by_chunk_the_total_still_holds(fake):
     assert answer.completion_tokens == 16
 
 
+def test_counts_in_the_finishing_event_alone_are_no_arrival(fake):
+    """As `transformers serve` sends them: beside the finish_reason, and without [DONE]."""
+    fake.continuous = False
+    last = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}], '
+    last += b'"usage": {"prompt_tokens": 10, "completion_tokens": 9, "total_tokens": 19}}\n\n'
+    answer = ask(fake, [Say(0.01, tokens=4), Say(0.01, tokens=5), Raw(0.1, last)])
+    assert (answer.fault, answer.completion_tokens) == ("", 9)
+    assert [chunk.tokens for chunk in answer.chunks] == [None, None]
+    assert answer.chunks[-1].at < 0.1
+
+
 def test_both_names_of_reasoning_are_read(fake):
     steps = [Say(0, "a", channel="reasoning"), Say(0, "b", channel="reasoning_content"), End()]
     answer = ask(fake, [*steps[:2], Say(0, "c"), End()])

@@ -133,7 +133,7 @@ def made(path, gates, ttfts, size="full", variant=""):
             cell = f"{gate.name} {repeat}"
             for role in ("primary", "secondary"):
                 answer = Answer(
-                    sent_at=100.0,
+                    sent_at=100.0 if role == "primary" else 100.7,
                     chunks=[Chunk(ttft, 1), Chunk(ttft + 1.0, 100)],
                     ended=ttft + 1.0,
                     prompt_tokens=58980,

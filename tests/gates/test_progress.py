@@ -1,0 +1,51 @@
+"""What a person sees while a run goes, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from gates.answer import Answer, Chunk
+from gates.plan import Phase
+from gates.progress import Display, said
+from gates.session import Cell
+from tests.gates.conftest import gate
+
+CELL = Cell("small", {"concurrency": 2}, 1, None, 50.0, 2)
+ANSWER = Answer(
+    chunks=[Chunk(0.5, 1), Chunk(1.5, 20)], ended=1.5, prompt_tokens=10, completion_tokens=21
+)
+
+
+def shown(terminal):
+    output = io.StringIO()
+    display = Display(Console(file=output, force_terminal=terminal, width=160))
+    with display:
+        display.total(100.0, 25.0)
+        display.phase(Phase(gate(), [[CELL]], [CELL]), 1, 3)
+        display.cell(CELL)
+        display.answer(ANSWER)
+        display._bar.refresh()
+        display.done(CELL, {"ttft_mean": 0.5, "failures": 1, "requests": 2}, "")
+    return output.getvalue()
+
+
+def test_a_terminal_has_a_bar_with_what_runs_and_the_last_figures():
+    text = shown(terminal=True)
+    assert "small: concurrency=2 #1" in text and "25%" in text
+    assert "TTFT 0.500 s, 20.0 tok/s" in text
+
+
+def test_a_log_has_lines_and_no_control_characters():
+    text = shown(terminal=False)
+    assert "\x1b" not in text and "\r" not in text
+    assert text.splitlines() == [
+        "[1/3] Small: 1 cells, 2 requests",
+        "  small: concurrency=2 #1: 1 of 2 FAILED, TTFT 0.500 s",
+    ]
+
+
+def test_a_fault_is_said_before_figures():
+    assert said({"ttft": 1.0}, "stall") == "FAULT stall, TTFT 1.000 s"
+    assert said({}, "") == "no figures"
