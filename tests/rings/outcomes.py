@@ -65,4 +65,5 @@ def _reason(longrepr: object) -> str:
         return NEEDS_HUB
     text = next((line.strip() for line in text.splitlines() if line.strip()), "")
     text = re.sub(r"0x[0-9a-f]+", "0x…", text)
+    text = re.sub(r"'/[^']*/(?=tests/)", "'", text)
     return text[:160]

@@ -114,6 +114,17 @@ def test_a_file_that_cannot_be_collected_has_failed(tmp_path):
     assert read(log) == {"a.py": Outcome(FAILED, "ImportError: no module named x")}
 
 
+def test_a_reason_does_not_say_where_the_tests_lay(tmp_path):
+    message = "ImportError while importing test module '/a b/c/tests/v1/test_it.py'."
+    log = _log(
+        tmp_path,
+        {"$report_type": "CollectReport", "nodeid": "a.py", "outcome": FAILED}
+        | {"longrepr": message},
+    )
+    expected = "ImportError while importing test module 'tests/v1/test_it.py'."
+    assert read(log) == {"a.py": Outcome(FAILED, expected)}
+
+
 def test_the_baseline_holds_every_mapped_file_and_no_other():
     wanted = load()
     assert set(load_baseline()["files"]) == {*wanted.cpu, *wanted.gpu}
