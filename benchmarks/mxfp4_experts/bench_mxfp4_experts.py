@@ -172,15 +172,14 @@ def run(
 
 def _first_calls(calls: dict, batch: Batch, expected: torch.Tensor) -> dict[str, float]:
     """Compile side by side, then check each; those that run, with their error."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        futures = {label: pool.submit(of_label[0]) for label, of_label in calls.items()}
-    torch.cuda.synchronize()
+    with ThreadPoolExecutor(THREADS, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
+        for of_label in calls.values():
+            pool.submit(of_label[0])  # what it raises is raised again below
     errors = {}
-    for label, future in futures.items():
+    for label, of_label in calls.items():
         try:
-            future.result()
             batch.out.fill_(torch.nan)
-            calls[label][0]()
+            of_label[0]()
             torch.cuda.synchronize()
             error = (batch.out.float() - expected.float()).norm() / expected.float().norm()
             errors[label] = round(error.item(), 5)
