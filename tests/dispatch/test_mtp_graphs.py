@@ -36,19 +36,25 @@ def set_full_graphs(monkeypatch):
 
 
 def dispatcher(
-    mode: str = "FULL_AND_PIECEWISE", model_type: str = "deepseek_v4", method: str | None = "mtp"
+    mode: str = "FULL_AND_PIECEWISE",
+    model_type: str = "deepseek_v4",
+    method: str | None = "mtp",
+    max_num_seqs: int = 8,
+    sizes: list[int] = SIZES,
 ) -> object:
-    """vLLM's dispatcher with the keys of an engine of 8 requests and two drafted tokens."""
+    """vLLM's dispatcher with the keys of an engine with two drafted tokens."""
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
     compilation = CompilationConfig(
         cudagraph_mode=mode,
         mode=CompilationMode.VLLM_COMPILE,
-        cudagraph_capture_sizes=list(SIZES),
+        cudagraph_capture_sizes=list(sizes),
     )
     compilation.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
-    compilation.max_cudagraph_capture_size = SIZES[-1]
+    compilation.max_cudagraph_capture_size = sizes[-1]
+    if mode != "NONE":
+        compilation.adjust_cudagraph_sizes_for_spec_decode(3, tensor_parallel_size=2)
     compilation.post_init_cudagraph_sizes()
     drafting = None
     if method is not None:
@@ -56,7 +62,7 @@ def dispatcher(
     made = CudagraphDispatcher(
         SimpleNamespace(
             compilation_config=compilation,
-            scheduler_config=SimpleNamespace(max_num_seqs=8),
+            scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
             model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type)),
             speculative_config=drafting,
             lora_config=None,
@@ -72,6 +78,14 @@ def captured(made: object) -> dict[str, list[int]]:
         mode.name: sorted(desc.num_tokens for desc in descs)
         for mode, descs in made.get_capture_descs()
     }
+
+
+def test_the_published_number_of_graphs(choose, set_full_graphs):
+    # vllm-project/vllm#41834 logs PIECEWISE=49 and no full graph with MTP=2. vLLM's default sizes:
+    default = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    choose((12, 0), None)
+    made = captured(dispatcher(max_num_seqs=256, sizes=default))
+    assert {mode: len(sizes) for mode, sizes in made.items()} == {"PIECEWISE": 49}
 
 
 BOTH = {"PIECEWISE": SIZES, "FULL": SIZES}
