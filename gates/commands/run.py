@@ -74,7 +74,9 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
     from gates.launch import launched
     from gates.plan import plan
     from gates.progress import Display
-    from gates.report import html, markdown, receipt
+
+    # Also what only the report needs: better now than after hours.
+    from gates.report import html, markdown, plots, receipt  # noqa: F401
     from gates.results import results
     from gates.runner import Runner
     from gates.store import RunFolder, now
@@ -118,8 +120,8 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
         finally:
             # An interrupted run has its report too.
             markdown.written(folder)
-            html.written(folder)
             receipt.written(folder)
+            html.written(folder)
             folder.close()
     ended = results(folder)
     for result in ended:

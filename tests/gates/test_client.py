@@ -12,8 +12,8 @@ from gates.spec import Timeouts
 from tests.gates.fake_server import Call, Disconnect, End, Hang, Raw, Say, Status, steady
 
 # What two busy cores may add to a sleep.
-LATE = 0.08
-SOON = Timeouts(first_token_s=0.4, stall_s=0.3, total_s=1.2)
+LATE = 0.15
+SOON = Timeouts(first_token_s=0.6, stall_s=0.5, total_s=1.5)
 
 
 def ask(fake, steps, timeouts=SOON, max_tokens=64, **body):
@@ -42,23 +42,23 @@ def test_times_and_tokens_are_the_timelines(fake):
     # To the server's own record of when each chunk went out, closer than to the plan.
     sent = fake.sent[0]
     for chunk, (at, _) in zip(answer.chunks, sent.chunks, strict=True):
-        assert answer.sent_at + chunk.at == pytest.approx(at, abs=LATE / 2)
+        assert answer.sent_at + chunk.at == pytest.approx(at, abs=LATE)
     told = figures.of_answer(answer)
     assert told["ttft"] == pytest.approx(0.2, abs=LATE)
     assert told["longest_stall"] == pytest.approx(0.05, abs=LATE)
     span = sent.chunks[-1][0] - sent.chunks[0][0]
-    assert told["decode_tok_s"] == pytest.approx(12 / span, rel=0.2)
-    assert told["tpot"] == pytest.approx(span / 12, rel=0.2)
+    assert told["decode_tok_s"] == pytest.approx(12 / span, rel=0.3)
+    assert told["tpot"] == pytest.approx(span / 12, rel=0.3)
     assert told["tokens_per_chunk"] == pytest.approx(13 / 5)
     assert told["e2e"] >= told["ttft"] + span - LATE
 
 
 def test_an_uneven_stream_shows_its_longest_stall(fake):
-    answer = ask(fake, [Say(0.02), Say(0.02), Say(0.25), Say(0.02), End()])
+    answer = ask(fake, [Say(0.02), Say(0.02), Say(0.5), Say(0.02), End()], Timeouts())
     assert answer.fault == ""
     gaps = figures.gaps(answer)
     assert gaps.index(max(gaps)) == 1
-    assert figures.of_answer(answer)["longest_stall"] == pytest.approx(0.25, abs=LATE)
+    assert figures.of_answer(answer)["longest_stall"] == pytest.approx(0.5, abs=LATE)
 
 
 def test_without_counts_by_chunk_the_total_still_holds(fake):

@@ -72,7 +72,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_second_request_is_faulty(fake, run, fault):
     """Each fault beside good answers: all rows are there, and the figures are of the good ones."""
-    limits = {"first_token_s": 0.3, "stall_s": 0.3, "total_s": 1.0}
+    limits = {"first_token_s": 0.6, "stall_s": 0.6, "total_s": 2.0}
 
     def play(body, number):
         asked = [sent for sent in fake.sent if "Archive" in str(sent.body)]
@@ -100,11 +100,11 @@ def test_wrong_counts_are_a_failure_and_not_a_figure(fake, run):
 
 
 def test_a_slow_tokenizer_costs_time_and_no_row(fake, run):
-    fake.play, fake.tokenize_delay = well, 0.1
+    fake.play, fake.tokenize_delay = well, 0.3
     folder = run(gate())
     assert len(folder.of("request")) == 6
     # The wait is not the requests'.
-    assert max(row["answer"]["chunk_at"][0] for row in folder.of("request")) < 0.1
+    assert max(row["answer"]["chunk_at"][0] for row in folder.of("request")) < 0.3
 
 
 def test_a_broken_tokenizer_leaves_lengths_unverified(fake, run):
