@@ -17,7 +17,15 @@ ENV = "SM12X_KERNELS"
 Implementation = Literal["reference", "triton"]
 
 # Operations that have a kernel.
-OPERATIONS = ("sparse_mla_decode", "sparse_mla_prefill")
+OPERATIONS = (
+    "sparse_mla_decode",
+    "sparse_mla_prefill",
+    "mqa_logits",
+    "paged_mqa_logits",
+    "fp8_einsum",
+    "mhc",
+    "mxfp4_experts",
+)
 
 # Those whose kernels have passed their tests against the reference on a GPU.
 SHOWN: frozenset[str] = frozenset()

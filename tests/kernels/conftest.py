@@ -24,3 +24,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def the_reference_unless_a_kernel_is_asked_for(monkeypatch):
+    """So that a test means the same whichever kernels run by default on the GPU at hand."""
+    from vllm_sm12x import implementation
+
+    monkeypatch.setenv(implementation.ENV, "none")
+    implementation.clear_cache()
+    yield
+    implementation.clear_cache()

@@ -16,19 +16,15 @@ so it may run under CUDA-graph capture.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
+from vllm_sm12x.implementation import Implementation, choose
 from vllm_sm12x.ops import guards
 from vllm_sm12x.ops.mqa_logits import reference
 
 __all__ = ["HEAD_DIM", "fp8_mqa_logits", "scratch_bytes"]
 
 HEAD_DIM = 128
-
-# "reference": plain PyTorch. "triton": our kernel, for a GPU (or Triton's interpreter).
-Implementation = Literal["reference", "triton"]
 
 
 def fp8_mqa_logits(
@@ -39,7 +35,7 @@ def fp8_mqa_logits(
     ks: torch.Tensor,
     ke: torch.Tensor,
     clean_logits: bool = False,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> torch.Tensor:
     """Score every key for every query token.
 
@@ -52,7 +48,8 @@ def fp8_mqa_logits(
         ke: int32 ``[m]``, one past its last key.
         clean_logits: Write ``-inf`` outside ``[ks, ke)``; otherwise what stands there is undefined.
         implementation: ``"reference"``, or ``"triton"``: a kernel that multiplies in e4m3 with
-            float32 sums, for the heads that ``config`` lists.
+            float32 sums, for the heads that ``config`` lists. None: see
+            :mod:`vllm_sm12x.implementation`.
 
     Returns:
         float32 ``[m, n]``, contiguous.
@@ -61,12 +58,12 @@ def fp8_mqa_logits(
         ValueError: An argument has a wrong dtype, shape, stride or device, or ``implementation`` is
             unknown or has no kernel for the number of heads.
     """
-    _check_implementation(implementation)
     bound: dict[str, int] = {}
     guards.check_tensor("q", q)
     guards.check_dtype("q", q, torch.float8_e4m3fn)
     guards.check_shape("q", q, ("m", "heads", HEAD_DIM), bound)
     guards.check_stride("q", q, 2, 1)
+    form = choose("mqa_logits", implementation, q.is_cuda)
     guards.check_tensor("k", k)
     guards.check_dtype("k", k, torch.float8_e4m3fn)
     guards.check_shape("k", k, ("n", HEAD_DIM), bound)
@@ -82,7 +79,7 @@ def fp8_mqa_logits(
         guards.check_dtype(name, tensor, torch.int32)
         guards.check_shape(name, tensor, ("m",), bound)
     guards.check_same_device(q=q, k=k, k_scale=k_scale, weights=weights, ks=ks, ke=ke)
-    if implementation == "reference":
+    if form == "reference":
         return reference.fp8_mqa_logits(q, k, k_scale, weights, ks, ke, clean_logits)
     from vllm_sm12x.ops.mqa_logits import kernel  # here, so that the rest needs no Triton
 
@@ -90,7 +87,7 @@ def fp8_mqa_logits(
 
 
 def scratch_bytes(
-    tokens: int, heads: int, keys: int, implementation: Implementation = "reference"
+    tokens: int, heads: int, keys: int, implementation: Implementation | None = None
 ) -> int:
     """Most memory that :func:`fp8_mqa_logits` allocates at a time besides its result, in bytes.
 
@@ -98,18 +95,12 @@ def scratch_bytes(
         tokens: ``m``.
         heads: Number of heads.
         keys: ``n``.
-        implementation: As in :func:`fp8_mqa_logits`.
+        implementation: As in :func:`fp8_mqa_logits`; None: of calls on the current GPU.
 
     Raises:
         ValueError: ``implementation`` is unknown.
     """
-    _check_implementation(implementation)
-    if implementation == "triton":
+    form = choose("mqa_logits", implementation, torch.cuda.is_available())
+    if form == "triton":
         return 0
     return reference.scratch_bytes(tokens, heads, keys)
-
-
-def _check_implementation(implementation: str) -> None:
-    if implementation not in get_args(Implementation):
-        allowed = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation: {implementation!r}, allowed: {allowed}")

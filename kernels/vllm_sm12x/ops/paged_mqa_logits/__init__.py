@@ -20,10 +20,9 @@ so it may run under CUDA-graph capture.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
+from vllm_sm12x.implementation import Implementation, choose
 from vllm_sm12x.ops import guards
 from vllm_sm12x.ops.paged_mqa_logits import reference
 from vllm_sm12x.ops.paged_mqa_logits.layout import BLOCK_SIZE, HEAD_DIM, TOKEN_BYTES, page_bytes
@@ -37,9 +36,6 @@ __all__ = [
     "scratch_bytes",
 ]
 
-# "reference": plain PyTorch. "triton": our kernel, for a GPU (or Triton's interpreter).
-Implementation = Literal["reference", "triton"]
-
 
 def fp8_paged_mqa_logits(
     q: torch.Tensor,
@@ -49,7 +45,7 @@ def fp8_paged_mqa_logits(
     block_tables: torch.Tensor,
     max_model_len: int,
     clean_logits: bool = False,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> torch.Tensor:
     """Score the cached keys of every request for its query tokens.
 
@@ -67,7 +63,8 @@ def fp8_paged_mqa_logits(
         clean_logits: Write ``-inf`` from a row's length on; otherwise what stands there is
             undefined.
         implementation: ``"reference"``, or ``"triton"``: a kernel that multiplies in e4m3 with
-            float32 sums, for the heads that ``config`` lists.
+            float32 sums, for the heads that ``config`` lists. None: see
+            :mod:`vllm_sm12x.implementation`.
 
     Returns:
         float32 ``[B * next_n, max_model_len]``, contiguous.
@@ -76,12 +73,12 @@ def fp8_paged_mqa_logits(
         ValueError: An argument has a wrong dtype, shape, stride or device, or ``implementation`` is
             unknown or has no kernel for the number of heads.
     """
-    _check_implementation(implementation)
     bound: dict[str, int] = {}
     guards.check_tensor("q", q)
     guards.check_dtype("q", q, torch.float8_e4m3fn)
     guards.check_shape("q", q, ("B", "next_n", "heads", HEAD_DIM), bound)
     guards.check_stride("q", q, 3, 1)
+    form = choose("paged_mqa_logits", implementation, q.is_cuda)
     if bound["next_n"] < 1:
         raise ValueError(f"q: shape {tuple(q.shape)}, allowed: next_n (size 1) from 1 on")
     guards.check_tensor("kv_cache", kv_cache)
@@ -112,7 +109,7 @@ def fp8_paged_mqa_logits(
         block_tables=block_tables,
     )
     arguments = (q, kv_cache, weights, context_lens, block_tables, max_model_len, clean_logits)
-    if implementation == "reference":
+    if form == "reference":
         return reference.fp8_paged_mqa_logits(*arguments)
     from vllm_sm12x.ops.paged_mqa_logits import kernel  # here, so that the rest needs no Triton
 
@@ -125,7 +122,7 @@ def scratch_bytes(
     heads: int,
     pages: int,
     max_model_len: int,
-    implementation: Implementation = "reference",
+    implementation: Implementation | None = None,
 ) -> int:
     """Most memory that :func:`fp8_paged_mqa_logits` allocates at a time besides its result.
 
@@ -135,7 +132,7 @@ def scratch_bytes(
         heads: Number of heads.
         pages: Width of the block table.
         max_model_len: Columns of the result.
-        implementation: As in :func:`fp8_paged_mqa_logits`.
+        implementation: As in :func:`fp8_paged_mqa_logits`; None: of calls on the current GPU.
 
     Returns:
         Bytes.
@@ -143,13 +140,7 @@ def scratch_bytes(
     Raises:
         ValueError: ``implementation`` is unknown.
     """
-    _check_implementation(implementation)
-    if implementation == "triton":
+    form = choose("paged_mqa_logits", implementation, torch.cuda.is_available())
+    if form == "triton":
         return 0
     return reference.scratch_bytes(requests, next_n, heads, pages, max_model_len)
-
-
-def _check_implementation(implementation: str) -> None:
-    if implementation not in get_args(Implementation):
-        allowed = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation: {implementation!r}, allowed: {allowed}")
