@@ -39,7 +39,7 @@ class Row:
 
 
 _SM12X = {
-    32: Row(block_n=128, block_q=2, num_warps=4, num_stages=3),
+    32: Row(block_n=128, block_q=1, num_warps=4, num_stages=3),
     64: Row(block_n=128, block_q=1, num_warps=4, num_stages=3),
 }
 
