@@ -13,6 +13,9 @@ from stack.errors import StackError
 
 TAIL_LINES = 4
 STOP_S = 10.0
+# Where nobody reaps orphans, the dead ones of a group stay for ever.
+OTHERS_S = 5.0
+POLL_S = 0.05
 
 
 def found(program: str) -> bool:
@@ -64,18 +67,36 @@ async def run(
 
 
 async def stop(process: asyncio.subprocess.Process, within_s: float) -> None:
-    """End a process that leads its group, and the group: asked first, then made to."""
-    for how, wait in ((signal.SIGTERM, within_s), (signal.SIGKILL, None)):
+    """End a process that leads its group, and all of the group: asked first, then made to."""
+    if process.returncode is not None:
+        return
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        _signal(process.pid, how)
+        if await _gone(process, within_s):
+            return
+
+
+async def _gone(process: asyncio.subprocess.Process, within_s: float) -> bool:
+    """Wait until the process has ended, and then a little for the others of its group."""
+    loop = asyncio.get_running_loop()
+    end, ended = loop.time() + within_s, 0.0
+    while loop.time() < end:
         if process.returncode is not None:
-            return
-        try:
-            os.killpg(process.pid, how)
-        except ProcessLookupError:
-            return
-        try:
-            await asyncio.wait_for(process.wait(), wait)
-        except asyncio.TimeoutError:
-            continue
+            ended = ended or loop.time()
+            end = min(end, ended + OTHERS_S)
+            if not _signal(process.pid, 0):
+                return True
+        await asyncio.sleep(POLL_S)
+    return False
+
+
+def _signal(group: int, how: int) -> bool:
+    """Send a signal to a process group (0: none); whether the group is there."""
+    try:
+        os.killpg(group, how)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def tail(log: Path) -> str:

@@ -100,10 +100,12 @@ class Arrival(Workload):
     async def measure(self, session: Session) -> Figures:
         """Make all prompts, then let each stream begin when it is to."""
         case, slow_stall = session.cell.plan
-        prepared = [
-            [await self._request(session, stream, f"{place}/{n}") for n in range(stream.count)]
-            for place, stream in enumerate(case.streams)
-        ]
+        prepared: list[list[Request]] = []
+        for place, stream in enumerate(case.streams):
+            made = [
+                await self._request(session, stream, f"{place}/{n}") for n in range(stream.count)
+            ]
+            prepared.append(made)
         before = await session.metrics()
         started = {role: _Countdown() for role in ROLES}
         for stream in case.streams:
