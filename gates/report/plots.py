@@ -135,7 +135,12 @@ def _timelines(several: Sequence[Variant]) -> list[Model]:
 
 
 def _timeline(answers: Sequence[dict[str, Any]], name: str) -> Model:
-    plot = _figure(f"Tokens as they came: {name} (first repeat)", "s", "tokens so far")
+    counted = all(c.tokens is not None for entry in answers for c in entry["answer"].chunks)
+    # Without counts by chunk only the arrivals are known.
+    what = "tokens" if counted else "chunks"
+    plot = _figure(
+        f"{what.capitalize()} as they came: {name} (first repeat)", "s", f"{what} so far"
+    )
     roles = list(dict.fromkeys(entry["role"] for entry in answers))
     start = min(entry["answer"].sent_at for entry in answers)
     for entry in answers:
@@ -143,7 +148,7 @@ def _timeline(answers: Sequence[dict[str, Any]], name: str) -> Model:
         color = Category10_10[roles.index(role) % 10]
         at, so_far, total = [], [], 0
         for chunk in answer.chunks:
-            total += 1 if chunk.tokens is None else chunk.tokens
+            total += chunk.tokens if counted else 1
             at.append(answer.sent_at - start + chunk.at)
             so_far.append(total)
         source = ColumnDataSource({"x": at, "y": so_far})
@@ -155,7 +160,7 @@ def _timeline(answers: Sequence[dict[str, Any]], name: str) -> Model:
             plot.segment(
                 [answer.sent_at - start], [0], [at[0]], [0], color=color, line_dash="dotted"
             )
-    plot.add_tools(HoverTool(tooltips=[("s", "@x{0.000}"), ("tokens", "@y")]))
+    plot.add_tools(HoverTool(tooltips=[("s", "@x{0.000}"), (what, "@y")]))
     _legend(plot)
     return plot
 

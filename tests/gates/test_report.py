@@ -100,7 +100,7 @@ def test_a_spread_and_a_table():
     assert text.splitlines() == ["| a | b |", "| --- | ---: |", "| x\\|y | 1 2 |"]
 
 
-def made(path, gates, ttfts, size="full", variant=""):
+def made(path, gates, ttfts, size="full", variant="", by_chunk=True):
     """A run's folder with a request a repeat, its first token after so many seconds."""
     profile = load_profiles()["2x-rtx-pro-6000"]
     chosen = [load_gates()[name] for name in gates]
@@ -134,7 +134,10 @@ def made(path, gates, ttfts, size="full", variant=""):
             for role in ("primary", "secondary"):
                 answer = Answer(
                     sent_at=100.0 if role == "primary" else 100.7,
-                    chunks=[Chunk(ttft, 1), Chunk(ttft + 1.0, 100)],
+                    chunks=[
+                        Chunk(ttft, 1 if by_chunk else None),
+                        Chunk(ttft + 1.0, 100 if by_chunk else None),
+                    ],
                     ended=ttft + 1.0,
                     prompt_tokens=58980,
                     completion_tokens=101,
@@ -221,6 +224,8 @@ def test_the_page_has_the_token_timeline_of_each_mixed_case(tmp_path):
     text = html.page([made(tmp_path / "a", ["mixed-arrival"], [1.0, 2.0])])
     assert "Tokens as they came: decode_then_59k (first repeat)" in text
     assert "data-root-id" in text
+    text = html.page([made(tmp_path / "b", ["mixed-arrival"], [1.0, 2.0], by_chunk=False)])
+    assert "Chunks as they came: decode_then_59k (first repeat)" in text
 
 
 def test_a_run_without_rows_has_a_page(tmp_path):
