@@ -75,7 +75,9 @@ def loaded(tiny, tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.loading.check_loading", *words],
         cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        # On the faked Hopper GPU, plain positions in window-only layers have to be asked for.
+        env=os.environ
+        | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "SM12X_PORTABLE": "window_rope"},
         capture_output=True,
         text=True,
         check=False,
@@ -167,6 +169,33 @@ def test_each_rank_holds_its_part(loaded, tiny, tp):
         found = report["draft"]["parameters"]
         wrong = [name for name, value in drafted.items() if found[name][2] != digest(value)]
         assert wrong == []
+
+
+def test_positions_are_rotated_as_transformers_does(loaded, tiny):
+    """Plain in window-only layers and the MTP layer, YaRN and another base in the others."""
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
+
+    from tests.checkpoint.loading.check_loading import POSITIONS
+
+    fields = json.loads((tiny / "config.json").read_text())
+    del fields["quantization_config"]
+    theirs = DeepseekV4RotaryEmbedding(DeepseekV4Config(**fields))
+    positions = torch.tensor([POSITIONS])
+    (rank,) = loaded["tp1"]
+    found = rank["model"]["rotations"] | rank["draft"]["rotations"]
+    kinds = {"layers.0.": "main", "layers.1.": "compress", "layers.2.": "compress"}
+    kinds["layers.3."] = "main"
+    seen = set()
+    for name, rows in found.items():
+        (layer,) = [one for one in kinds if f".{one}" in name]
+        seen.add(layer)
+        cos, sin = theirs(torch.zeros(1), positions, kinds[layer])
+        expected = torch.cat((cos[0], sin[0]), dim=-1)
+        # float32 knows an angle of 100,000 to 2**-7.
+        assert torch.allclose(torch.tensor(rows), expected, atol=0.02), name
+        assert torch.allclose(torch.tensor(rows)[:3], expected[:3], atol=1e-4), name
+    assert seen == kinds.keys()
 
 
 def test_a_missing_tensor_is_noticed(loaded):

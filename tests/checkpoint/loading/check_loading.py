@@ -31,11 +31,17 @@ class Loaded:
 
     ``parameters`` maps names to ``[dtype, shape, digest of the bytes]``; ``partly`` names those of
     which some element was never written; ``unclaimed`` those that the loader does not report.
+    ``rotations`` has, for each module with a rotary table, its rows at :data:`POSITIONS`.
     """
 
     parameters: dict[str, list[Any]]
     partly: list[str]
     unclaimed: list[str]
+    rotations: dict[str, list[list[float]]]
+
+
+# Positions whose rotation is reported.
+POSITIONS = (0, 1, 127, 4095, 100_000)
 
 
 def fake_platform() -> None:
@@ -170,6 +176,11 @@ def examine(config: Any, model_config: Any) -> Loaded:
         },
         partly=[name for name in first if not torch.equal(first[name], second[name])],
         unclaimed=sorted(first.keys() - claimed),
+        rotations={
+            name: module.cos_sin_cache[list(POSITIONS)].tolist()
+            for name, module in zeros.named_modules(remove_duplicate=False)
+            if isinstance(getattr(module, "cos_sin_cache", None), torch.Tensor)
+        },
     )
 
 
