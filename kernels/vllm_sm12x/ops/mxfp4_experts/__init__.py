@@ -71,7 +71,7 @@ def mxfp4_experts(
     expert_map: torch.Tensor | None = None,
     align: Align = align_block_size,
     activations: Activations = "bfloat16",
-    implementation: Implementation | None = "reference",
+    implementation: Implementation | None = None,
 ) -> None:
     """Weighted sum over each token's experts of ``W2 (silu(gate) * up)``, ``[gate; up] = W13 x``.
 
