@@ -1,7 +1,7 @@
 """Launch parameters of the prefill logits: static, by target and number of heads, never tuned.
 
 On SM12x a block has at most 101,376 bytes of shared memory and a thread 255 registers; every row
-there compiles without spills inside both. What is known of them is in ``benchmarks/mqa_logits``.
+there compiles without spills inside both. What is known of them: ``benchmarks/mqa_logits``.
 """
 
 from __future__ import annotations
