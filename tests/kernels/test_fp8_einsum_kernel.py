@@ -17,7 +17,7 @@ from vllm_sm12x.ops.fp8_einsum.config import CHUNK, TABLE, TOKENS, einsum_config
 
 
 def test_the_kernel_equals_the_definition_in_the_interpreter():
-    run_interpreted("check_fp8_einsum.py", at_least=45)
+    run_interpreted("check_fp8_einsum.py", at_least=40)
 
 
 def test_every_target_has_every_class_of_tokens():
