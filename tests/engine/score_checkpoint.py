@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 # For `tests.…`, here and in the processes of --tp.
 sys.path.insert(0, str(HERE.parents[1]))
 
-from run_engine import commit, machine  # noqa: E402
+from run_engine import LOWERINGS, NAMED, commit, machine  # noqa: E402
 from tests.checkpoint.digest import digest  # noqa: E402
 from tests.oracle.scores import MOST_KEPT, Scores  # noqa: E402
 from tests.oracle.sequences import PROMPT_LENGTHS, Sequence, draw_sequences  # noqa: E402
@@ -128,6 +128,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--operations", help="exact SM12X_PORTABLE value instead of all or none; no tripwires then"
     )
+    parser.add_argument("--kernels", default="auto", help="SM12X_KERNELS (default: auto)")
+    parser.add_argument(
+        "--lowering", choices=LOWERINGS, default="auto", help="SM12X_LOWERING (default: auto)"
+    )
     parser.add_argument("--tp", type=int, default=1, help="GPUs (default: 1)")
     parser.add_argument(
         "--prompts",
@@ -155,6 +159,8 @@ def main() -> int:
     # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ["SM12X_PORTABLE"] = args.operations or ("all" if args.path == "portable" else "none")
+    os.environ["SM12X_KERNELS"] = args.kernels
+    os.environ["SM12X_LOWERING"] = args.lowering
     guarded = args.path == "portable" and not args.operations and args.tp == 1
     if guarded:
         import tripwire
@@ -184,7 +190,7 @@ def main() -> int:
         facts={
             "implementation": "vllm",
             **machine(),
-            "SM12X_PORTABLE": os.environ["SM12X_PORTABLE"],
+            **{f"SM12X_{name}": os.environ[f"SM12X_{name}"] for name in NAMED},
             "tripwires": guarded,
             "tp": args.tp,
             "eager": args.eager,
