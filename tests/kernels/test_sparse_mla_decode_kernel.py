@@ -27,7 +27,7 @@ EXTRAS = {"window": None, "C4A": (512, 64), "16K": (128, 2), "128K": (1024, 2), 
 
 
 def test_the_kernels_equal_the_definition_in_the_interpreter():
-    run_interpreted("check_sparse_mla_decode.py", at_least=50)
+    run_interpreted("check_sparse_mla_decode.py", at_least=100)
 
 
 def test_every_shape_has_a_row():

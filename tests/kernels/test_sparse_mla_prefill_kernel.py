@@ -21,7 +21,7 @@ SCALE = 512**-0.5
 
 
 def test_the_kernel_equals_the_definition_in_the_interpreter():
-    run_interpreted("check_sparse_mla_prefill.py", at_least=45)
+    run_interpreted("check_sparse_mla_prefill.py", at_least=80)
 
 
 def test_every_target_has_every_number_of_heads():
