@@ -65,8 +65,8 @@ def sparse_mla_decode(
         splits: Likewise.
 
     Raises:
-        ValueError: The table has no row for this shape, a block size is no power of two, or
-            ``scratch`` is too small.
+        ValueError: The table has no row for this shape, a block size is no power of two, pages are
+            not where the Gluon kernel can copy them, or ``scratch`` is too small.
     """
     tokens, heads, _ = q.shape
     if tokens == 0:
@@ -76,6 +76,9 @@ def sparse_mla_decode(
     if row is None:
         target = "interpreter" if INTERPRETED.value else target_key()
         row = config_decode.row(tokens, heads, keys, target)
+    if row.parts:
+        for name, (cache, _, _) in zip(_CACHES, sets, strict=False):
+            _check_copies(name, cache)
     if splits is None:
         splits = config_decode.splits(row, tokens, heads, keys, multiprocessors())
     partial = stats = None
@@ -170,6 +173,16 @@ def _shift(name: str, cache: torch.Tensor) -> int:
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(f"{name}: block size {block_size}, allowed: a power of two")
     return block_size.bit_length() - 1
+
+
+def _check_copies(name: str, cache: torch.Tensor) -> None:
+    """Asynchronous copies take 16 bytes at a time; Triton must see that they are aligned."""
+    pitch = cache.stride(0) if cache.shape[0] > 1 else 0
+    if cache.data_ptr() % 16 or pitch % 16:
+        raise ValueError(
+            f"{name}: address {cache.data_ptr():#x}, pages {pitch} bytes apart, allowed in the"
+            " Gluon decode kernel: multiples of 16"
+        )
 
 
 # Arguments whose alignment and value the launcher shall not make variants of: no load gets wider.

@@ -172,7 +172,8 @@ def sparse_mla_prefill(
         config: By default the table's, for the GPU of ``q`` and its heads.
 
     Raises:
-        ValueError: The table has no entry for the number of heads, or the tensors are on no GPU.
+        ValueError: The table has no entry for the number of heads, the tensors are on no GPU, or
+            rows of ``kv`` are not where the Gluon kernel can copy them.
     """
     tokens, heads, _ = q.shape
     if not q.is_cuda and not INTERPRETED.value:
@@ -186,6 +187,12 @@ def sparse_mla_prefill(
     kernel = prefill_kernel
     flags: dict[str, object] = {"KEYS_FIRST": config.keys_first}
     if config.parts:
+        # Asynchronous copies take 16 bytes at a time; Triton must see that they are aligned.
+        if kv.data_ptr() % 16 or kv.stride(0) % 16:
+            raise ValueError(
+                f"kv: address {kv.data_ptr():#x}, stride(0) {kv.stride(0)}, allowed in the Gluon"
+                " prefill kernel: multiples of 16"
+            )
         kernel = prefill_gluon.prefill_kernel
         flags = {"PARTS": config.parts, "STAGES": config.num_stages}
     kernel[(tokens * triton.cdiv(heads, config.block_h),)](
