@@ -140,6 +140,15 @@ def interrupt_after(cells, out, process, within_s=30.0):
     raise AssertionError("it never came so far")
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """A process that began in the background ignores Ctrl-C, and so would its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupt_keeps_rows_writes_the_report_and_can_be_resumed(fake, tmp_path):
     out = tmp_path / "run"
 
