@@ -77,7 +77,7 @@ def test_no_secret():
         (MACHINE_PATHS, "see /ro" + "ot/x", True),
         (MACHINE_PATHS, "cd /wo" + "rk/main", True),
         (MACHINE_PATHS, "cd /ho" + "me/ann/x", True),
-        (MACHINE_PATHS, "$HOME/work/x and ~/work/x and a/work/b", False),
+        (MACHINE_PATHS, "$HOME/wo" + "rk/x and ~/wo" + "rk/x and a/wo" + "rk/b", False),
         (MACHINE_PATHS, "/usr/bin/env", False),
         (INDEX_HOSTS, "https://files.python" + "hosted.org/x", True),
         (INDEX_HOSTS, "https://pypi" + ".org/simple", True),
