@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-import torch
-
 from benchmarks import harness
 from benchmarks.sparse_mla import flashmla, inputs
+from benchmarks.sparse_mla.measuring import measure
+from vllm_sm12x.lowering import multiprocessors
 from vllm_sm12x.ops.sparse_mla import config_decode, sparse_mla_decode
 from vllm_sm12x.ops.sparse_mla.decode_kernel import sparse_mla_decode as kernel
 
@@ -52,7 +52,6 @@ def main() -> None:
     arguments = parser.parse_args()
     report = harness.Report(arguments)
     native = flashmla.available()
-    multiprocessors = torch.cuda.get_device_properties().multi_processor_count
     for heads in arguments.heads:
         for name in arguments.case:
             kind, compressed = CASES[name]
@@ -74,7 +73,9 @@ def main() -> None:
                     ours = {}
                     if arguments.tilings:
                         for row in tilings():
-                            splits = config_decode.splits(row, tokens, heads, keys, multiprocessors)
+                            splits = config_decode.splits(
+                                row, tokens, heads, keys, multiprocessors()
+                            )
                             label = (
                                 f"{row.block_h}x{row.block_n}/{row.parts}/{row.maxnreg}/{splits}"
                             )
@@ -88,7 +89,9 @@ def main() -> None:
                         ]
                     with harness.use_lowering(lowering):
                         for label, calls in ours.items():
-                            _measure(report, about, lowering, label, calls, candidates, sets, work)
+                            row = dict(about, lowering=lowering, tiling=label)
+                            out = sets[0]["out"]
+                            measure(report, row, calls, candidates, out, work, _relation)
 
 
 def _tiling(arguments: dict, row: config_decode.Row, splits: int) -> None:
@@ -99,24 +102,8 @@ def _tiling(arguments: dict, row: config_decode.Row, splits: int) -> None:
     kernel(q, sets, sink, arguments["softmax_scale"], out, row=row, splits=splits)
 
 
-def _measure(report, about, lowering, label, calls, candidates, sets, work) -> None:
-    figures = dict(about, lowering=lowering, tiling=label)
-    try:
-        sets[0]["out"].fill_(float("nan"))
-        calls[0]()
-        if candidates:
-            expected = candidates["flashmla"][0]().float()
-            error = (sets[0]["out"].float() - expected).norm() / expected.norm()
-            figures["relative_error"] = round(error.item(), 5)
-        timings = harness.compare({"ours": calls, **candidates})
-    except Exception as error:  # a tiling that this GPU cannot run
-        print(f"{figures}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        return
-    figures |= harness.rate(timings["ours"], **work)
-    if candidates:
-        figures["flashmla_us"] = round(timings["flashmla"].us, 2)
-        figures["ratio"] = round(timings["ours"].us / timings["flashmla"].us, 3)
-    report.row(**figures)
+def _relation(ours_us: float, native_us: float) -> dict[str, float]:
+    return {"ratio": round(ours_us / native_us, 3)}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import functools
 
 from benchmarks import harness
 from benchmarks.sparse_mla import flashmla, inputs
+from benchmarks.sparse_mla.measuring import measure
 from vllm_sm12x.ops.sparse_mla import sparse_mla_prefill
 from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig
 from vllm_sm12x.ops.sparse_mla.prefill_kernel import sparse_mla_prefill as kernel
@@ -86,27 +87,13 @@ def main() -> None:
                     ]
                 with harness.use_lowering(lowering):
                     for label, calls in ours.items():
-                        _measure(report, about, lowering, label, calls, candidates, sets, flops)
+                        row = dict(about, lowering=lowering, tiling=label)
+                        out = sets[0]["out"]
+                        measure(report, row, calls, candidates, out, dict(flops=flops), _relation)
 
 
-def _measure(report, about, lowering, label, calls, candidates, sets, flops) -> None:
-    figures = dict(about, lowering=lowering, tiling=label)
-    try:
-        sets[0]["out"].fill_(float("nan"))
-        calls[0]()
-        if candidates:
-            expected = candidates["flashmla"][0]().float()
-            error = (sets[0]["out"].float() - expected).norm() / expected.norm()
-            figures["relative_error"] = round(error.item(), 5)
-        timings = harness.compare({"ours": calls, **candidates})
-    except Exception as error:  # a tiling that this GPU cannot run
-        print(f"{figures}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        return
-    figures |= harness.rate(timings["ours"], flops=flops)
-    if candidates:
-        figures["flashmla_us"] = round(timings["flashmla"].us, 2)
-        figures["relative_rate"] = round(timings["flashmla"].us / timings["ours"].us, 3)
-    report.row(**figures)
+def _relation(ours_us: float, native_us: float) -> dict[str, float]:
+    return {"relative_rate": round(native_us / ours_us, 3)}
 
 
 if __name__ == "__main__":
