@@ -354,6 +354,24 @@ def _split_kernel(
     tiles_per_split = tl.cdiv(tiles, splits)
     first = tl.minimum(split * tiles_per_split, tiles)
     last = tl.minimum(first + tiles_per_split, tiles)
+    chosen = (
+        swa_tiles,
+        swa_indices,
+        swa_count,
+        swa_capacity,
+        extra_indices,
+        extra_count,
+        extra_capacity,
+    )
+    caches = (
+        swa_tiles,
+        swa_cache,
+        swa_page_bytes,
+        swa_shift,
+        extra_cache,
+        extra_page_bytes,
+        extra_shift,
+    )
 
     chunk = tl.arange(0, _CHUNKS)[:, None, None]
     column = chunk * _CHUNK + tl.arange(0, _CHUNK)[None, None, :]
@@ -371,74 +389,16 @@ def _split_kernel(
     # Two loads behind one another, the slots' and the keys', each issued a tile ahead of its use.
     # (That the bytes come through the loop's arguments also hides from the compiler that they were
     # loads of 8 bits, for which it would choose operand layouts that ldmatrix cannot load.)
-    slot = _load_slots(
-        first,
-        last,
-        swa_tiles,
-        swa_indices,
-        swa_count,
-        swa_capacity,
-        extra_indices,
-        extra_count,
-        extra_capacity,
-        HAS_EXTRA,
-        BLOCK_N,
-    )
-    codes, rotated, exponents = _load_keys(
-        slot,
-        first,
-        swa_tiles,
-        swa_cache,
-        swa_page_bytes,
-        swa_shift,
-        extra_cache,
-        extra_page_bytes,
-        extra_shift,
-        HAS_EXTRA,
-    )
+    slot = _load_slots(first, last, *chosen, HAS_EXTRA, BLOCK_N)
+    codes, rotated, exponents = _load_keys(slot, first, *caches, HAS_EXTRA)
     valid = slot >= 0
-    slot = _load_slots(
-        first + 1,
-        last,
-        swa_tiles,
-        swa_indices,
-        swa_count,
-        swa_capacity,
-        extra_indices,
-        extra_count,
-        extra_capacity,
-        HAS_EXTRA,
-        BLOCK_N,
-    )
+    slot = _load_slots(first + 1, last, *chosen, HAS_EXTRA, BLOCK_N)
     for tile in range(first, last):
         keys = _make_keys(codes, rotated, exponents)
         now_valid = valid
-        codes, rotated, exponents = _load_keys(
-            slot,
-            tile + 1,
-            swa_tiles,
-            swa_cache,
-            swa_page_bytes,
-            swa_shift,
-            extra_cache,
-            extra_page_bytes,
-            extra_shift,
-            HAS_EXTRA,
-        )
+        codes, rotated, exponents = _load_keys(slot, tile + 1, *caches, HAS_EXTRA)
         valid = slot >= 0
-        slot = _load_slots(
-            tile + 2,
-            last,
-            swa_tiles,
-            swa_indices,
-            swa_count,
-            swa_capacity,
-            extra_indices,
-            extra_count,
-            extra_capacity,
-            HAS_EXTRA,
-            BLOCK_N,
-        )
+        slot = _load_slots(tile + 2, last, *chosen, HAS_EXTRA, BLOCK_N)
         by_chunk = dot(
             queries,
             tl.permute(keys, (0, 2, 1)),
