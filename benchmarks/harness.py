@@ -38,6 +38,10 @@ class Timing:
     us_p10: float
     us_p90: float
 
+    def times(self, calls: int) -> Timing:
+        """Of that many calls in a row."""
+        return Timing(self.us * calls, self.us_p10 * calls, self.us_p90 * calls)
+
 
 @dataclass(frozen=True)
 class Roofs:
@@ -146,7 +150,7 @@ def rate(timing: Timing, *, flops: float = 0.0, nbytes: float = 0.0) -> dict[str
 
 
 class Report:
-    """Prints each result as a row the moment it is there, and appends it to a JSON-lines file."""
+    """Prints results as rows the moment they are there, and appends them to a JSON-lines file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._out: Path | None = arguments.out
@@ -156,18 +160,24 @@ class Report:
             "machine": _machine(),
             "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         }
-        self._columns: tuple[str, ...] = ()
+        self._widths: dict[str, int] = {}
 
-    def row(self, **figures: object) -> None:
-        columns = tuple(figures)
-        if columns != self._columns:
-            self._columns = columns
-            print("\n" + "  ".join(f"{name:>{_width(name)}}" for name in columns))
-        cells = (f"{_cell(figures[name]):>{_width(name)}}" for name in columns)
-        print("  ".join(cells), flush=True)
+    def rows(self, rows: Sequence[Mapping[str, object]]) -> None:
+        """Rows with the same columns; the columns' names are printed where they are other ones."""
+        cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
+        widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in cells[0]}
+        if list(widths) == list(self._widths) and all(
+            width <= self._widths[name] for name, width in widths.items()
+        ):
+            widths = self._widths
+        else:
+            self._widths = widths
+            print("\n" + "  ".join(f"{name:>{width}}" for name, width in widths.items()))
+        for row in cells:
+            print("  ".join(f"{row[name]:>{width}}" for name, width in widths.items()), flush=True)
         if self._out is not None:
             with self._out.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({**self._about, **figures}) + "\n")
+                lines.writelines(json.dumps({**self._about, **row}) + "\n" for row in rows)
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -225,12 +235,8 @@ def _module() -> str:
 
 
 def _cell(value: object) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float) and abs(value) < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
-
-
-def _width(name: str) -> int:
-    return max(len(name), 8)
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)

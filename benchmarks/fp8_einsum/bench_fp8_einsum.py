@@ -1,7 +1,6 @@
 """The grouped FP8 einsum at DeepSeek V4 Flash's shape, beside DeepGEMM.
 
-``--try`` times tilings that are not in the table as well. Whatever is timed has just been compared
-with the definition on the same inputs.
+``--try`` times tilings that are not in the table as well.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import argparse
 import functools
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from benchmarks import harness
+from benchmarks.contest import contest, relative_error
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_einsum import kernel, reference
 from vllm_sm12x.ops.fp8_einsum.config import EinsumConfig, einsum_config
@@ -44,14 +43,6 @@ def draw(tokens: int, seed: int) -> Inputs:
         b_scale,
         torch.full((tokens, GROUPS, N), torch.nan, dtype=torch.bfloat16, device="cuda"),
     )
-
-
-def relative_error(call: Callable[[], object], inputs: Inputs, expected: torch.Tensor) -> float:
-    """Root of the mean square of the error, over that of the definition."""
-    inputs[-1].fill_(torch.nan)
-    call()
-    error = inputs[-1].float() - expected
-    return float(error.square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def native() -> Callable[..., None] | None:
@@ -102,74 +93,46 @@ def describe(config: EinsumConfig) -> str:
     )
 
 
-def bench(tokens: int, lowerings: list[str], trying: bool, report: harness.Report) -> None:
+def bench(tokens: int, lowerings: list[str] | None, trying: bool, report: harness.Report) -> None:
     sets = [draw(tokens, seed) for seed in range(SETS if tokens <= 1024 else 2)]
     expected = torch.empty_like(sets[0][-1], dtype=torch.float32)
     reference.fp8_einsum_bhr_hdr(*sets[0][:-1], expected)
-
+    out = sets[0][-1]
     deep_gemm = native()
-    theirs = deep_gemm and [functools.partial(deep_gemm, *given) for given in sets]
-    for name in lowerings:
-        with harness.use_lowering(name):
-            chosen = einsum_config(lowering.target_key(), tokens)
-            configs = [chosen]
-            if trying:
-                configs += [other for other in variants(tokens, name) if other != chosen]
-            calls = {
-                describe(config): [
-                    functools.partial(kernel.fp8_einsum_bhr_hdr, *given, config=config)
-                    for given in sets
-                ]
-                for config in configs
-            }
-            calls = compiled(calls)
-            if theirs:
-                calls = {"DeepGEMM": theirs, **calls}
-            errors = {}
-            for label, (first, *_) in list(calls.items()):
-                try:
-                    errors[label] = relative_error(first, sets[0], expected)
-                except Exception as error:
-                    print(f"{name} {tokens} {label}: {type(error).__name__}: {error}"[:300])
-                    del calls[label]
-            for label, error in errors.items():
-                if not error < 2**-8:
-                    print(f"{name} {tokens} {label}: WRONG, relative error {error}")
-                    del calls[label]
-            timings = harness.compare(calls, repeats=9)
-        native_us = timings["DeepGEMM"].us if "DeepGEMM" in timings else None
-        for label, timing in timings.items():
-            report.row(
-                operation="fp8_einsum",
-                lowering="" if label == "DeepGEMM" else name,
-                tokens=tokens,
-                what=f"{label:>20}",
-                in_table=label == describe(chosen),
-                error=errors[label],
-                to_native=native_us and round(native_us / timing.us, 3),
-                **harness.rate(
-                    timing,
-                    flops=2.0 * tokens * GROUPS * N * K,
-                    nbytes=sum(tensor.nbytes for tensor in sets[0]),
-                ),
-            )
 
+    def error(call: Callable[[], object]) -> float:
+        out.fill_(torch.nan)
+        call()
+        return relative_error(out, expected)
 
-def compiled(calls: dict[str, list]) -> dict[str, list]:
-    """Those that compile and launch, all compiled at a time."""
+    def ours(name: str) -> tuple[str, dict[str, list]]:
+        chosen = einsum_config(lowering.target_key(), tokens)
+        configs = [chosen]
+        if trying:
+            configs += [other for other in variants(tokens, name) if other != chosen]
+        return describe(chosen), {
+            describe(config): [
+                functools.partial(kernel.fp8_einsum_bhr_hdr, *given, config=config)
+                for given in sets
+            ]
+            for config in configs
+        }
 
-    def attempt(label: str) -> str | None:
-        try:
-            calls[label][0]()
-        except Exception as error:
-            return f"{label}: {type(error).__name__}: {error}"[:300]
-        return None
-
-    with ThreadPoolExecutor(8) as pool:
-        failures = dict(zip(calls, pool.map(attempt, calls), strict=True))
-    for failure in filter(None, failures.values()):
-        print(failure)
-    return {label: given for label, given in calls.items() if failures[label] is None}
+    contest(
+        report,
+        dict(op="fp8_einsum", tokens=tokens),
+        native={"DeepGEMM": [functools.partial(deep_gemm, *given) for given in sets]}
+        if deep_gemm
+        else {},
+        ours=ours,
+        error=error,
+        tolerance=2**-8,
+        work=dict(
+            flops=2.0 * tokens * GROUPS * N * K, nbytes=sum(tensor.nbytes for tensor in sets[0])
+        ),
+        lowerings=lowerings,
+        repeats=9,
+    )
 
 
 def main() -> None:
@@ -179,7 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = harness.Report(arguments)
     for tokens in arguments.tokens or TOKENS:
-        bench(tokens, arguments.lowering or list(harness.LOWERINGS), arguments.trying, report)
+        bench(tokens, arguments.lowering, arguments.trying, report)
 
 
 if __name__ == "__main__":

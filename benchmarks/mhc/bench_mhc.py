@@ -2,8 +2,7 @@
 
 ``--native`` adds TileLang's kernels as vLLM calls them, with DeepGEMM's product where it is
 supported and without; that needs the whole of vLLM, and TileLang compiles for minutes. ``--try``
-times launch parameters that are not in the tables as well. Whatever is timed has just been compared
-with the definition.
+times launch parameters that are not in the tables as well.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from benchmarks import harness
+from benchmarks.contest import contest, relative_error
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.mhc import launch, reference
 from vllm_sm12x.ops.mhc.config import FinishConfig, MixConfig, configs
@@ -79,11 +78,8 @@ def tilelang(deep_gemm: bool) -> Callable[[Inputs], tuple[torch.Tensor, ...]]:
 
 
 def worst_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest, over the results, of the error's root mean square over the definition's."""
-    return max(
-        float((a.float() - b.float()).square().mean().sqrt() / b.float().square().mean().sqrt())
-        for a, b in zip(found, expected, strict=True)
-    )
+    """The largest relative error of the results."""
+    return max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def variants(chosen: Configs, tokens: int) -> list[Configs]:
@@ -144,65 +140,35 @@ def bench(tokens: int, arguments, report: harness.Report) -> None:
     sets = [draw(tokens, seed) for seed in range(number)]
     *first, weight = sets[0]
     expected = reference.mhc_fused_post_pre(*first, *CONSTANTS, weight, NORM_EPS)
-    theirs: dict[str, Callable[[Inputs], object]] = {}
+    native: dict[str, Callable[[Inputs], object]] = {}
     if arguments.native:
-        theirs = {"TileLang": tilelang(False), "TileLang, DeepGEMM": tilelang(True)}
-    for name in arguments.lowering or harness.LOWERINGS:
-        with harness.use_lowering(name):
-            chosen = configs(lowering.target_key(), tokens)
-            tried = [chosen, *(variants(chosen, tokens) if arguments.trying else ())]
-            calls = theirs | {
-                describe(config): functools.partial(ours, config=config) for config in tried
-            }
-            # TileLang's one after the other: they differ by what a module says meanwhile.
-            errors = right(theirs, sets[0], expected, threads=1)
-            own = {label: call for label, call in calls.items() if label not in theirs}
-            errors |= right(own, sets[0], expected, threads=8)
-            # Two sets are one layer: it has two of these, and a mapping for each.
-            timings = harness.compare(
-                {
-                    label: [functools.partial(calls[label], given) for given in sets]
-                    for label in errors
-                },
-                repeats=9,
-            )
-        for label, timing in timings.items():
-            layer = harness.Timing(2 * timing.us, 2 * timing.us_p10, 2 * timing.us_p90)
-            report.row(
-                operation="mhc layer",
-                lowering="" if label in theirs else name,
-                tokens=tokens,
-                what=f"{label:>26}",
-                in_table=label == describe(chosen),
-                error=errors[label],
-                to_native=round(timings["TileLang"].us / timing.us, 3)
-                if "TileLang" in timings
-                else None,
-                **harness.rate(layer, nbytes=needed_bytes(tokens)),
-            )
+        native = {"TileLang": tilelang(False), "TileLang, DeepGEMM": tilelang(True)}
 
+    def on_sets(call: Callable[[Inputs], object]) -> list:
+        return [functools.partial(call, given) for given in sets]
 
-def right(
-    calls: dict[str, Callable[[Inputs], tuple[torch.Tensor, ...]]],
-    given: Inputs,
-    expected: Sequence[torch.Tensor],
-    threads: int,
-) -> dict[str, float]:
-    """Errors of the candidates that run and are right; what is wrong with the others is printed."""
+    def ours_in(_: str) -> tuple[str, dict[str, list]]:
+        chosen = configs(lowering.target_key(), tokens)
+        tried = [chosen, *(variants(chosen, tokens) if arguments.trying else ())]
+        calls = {
+            describe(config): on_sets(functools.partial(ours, config=config)) for config in tried
+        }
+        return describe(chosen), calls
 
-    def attempt(call):
-        try:
-            return worst_error(call(given), expected)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"[:300]
-
-    with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(calls, pool.map(attempt, calls.values()), strict=True))
-    for label, error in found.items():
+    contest(
+        report,
+        dict(op="mhc layer", tokens=tokens),
+        native={label: on_sets(call) for label, call in native.items()},
+        ours=ours_in,
+        error=lambda call: worst_error(call(), expected),
         # Results are bfloat16, and a layer's input is rounded twice.
-        if isinstance(error, str) or not error < 2**-7:
-            print(f"WRONG {label}: {error}")
-    return {label: e for label, e in found.items() if not isinstance(e, str) and e < 2**-7}
+        tolerance=2**-7,
+        work=dict(nbytes=needed_bytes(tokens)),
+        lowerings=arguments.lowering,
+        # One layer has two of these, and a mapping for each.
+        unit=2,
+        repeats=9,
+    )
 
 
 def main() -> None:

@@ -1,18 +1,17 @@
 """Prefill logits of the indexer beside DeepGEMM's, from CUDA-graph replays.
 
-``--try`` times tilings that are not in the table as well. Whatever is timed has just been compared
-with the definition on the same inputs. ``to_native`` is DeepGEMM's time over ours.
+``--try`` times tilings that are not in the table as well.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from benchmarks import harness
+from benchmarks.contest import contest, relative_error
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.mqa_logits import HEAD_DIM, config, kernel, reference
 from vllm_sm12x.ops.mqa_logits.config import Row
@@ -58,11 +57,11 @@ def pairs(given: dict) -> int:
     return int((given["ke"] - given["ks"]).clamp_(min=0).sum())
 
 
-def rates(given: dict, timing: harness.Timing) -> dict[str, float]:
+def work(given: dict) -> dict[str, float]:
+    """Operations and bytes of the definition."""
     heads = given["q"].shape[1]
     inputs = sum(tensor.nbytes for tensor in given.values())
-    return harness.rate(
-        timing,
+    return dict(
         flops=2.0 * pairs(given) * heads * HEAD_DIM,
         nbytes=inputs + 4.0 * pairs(given),
     )
@@ -81,12 +80,10 @@ class Definition:
         )
         column = torch.arange(keys, device="cuda")
         self._inside = (column >= rows["ks"][:, None]) & (column < rows["ke"][:, None])
-        self._size = self._logits[self._inside].square().mean().sqrt()
 
     def error(self, call: Call) -> float:
-        """Root of the mean square of the error, over that of the logits."""
-        error = (call()[self._rows] - self._logits)[self._inside]
-        return float(error.square().mean().sqrt() / self._size)
+        found = call()[self._rows]
+        return relative_error(found[self._inside], self._logits[self._inside])
 
 
 def native(given: dict) -> Call | None:
@@ -142,30 +139,10 @@ def describe(row: Row) -> str:
     return f"{row.block_n}x{row.block_q} w{row.num_warps} s{row.num_stages}{bound}"
 
 
-def working(calls: dict[str, Call]) -> dict[str, Call]:
-    """Those that compile and launch; all are compiled at a time."""
-
-    def attempt(label: str) -> str | None:
-        try:
-            calls[label]()
-            torch.cuda.synchronize()
-        except Exception as error:
-            return f"{label}: {type(error).__name__}: {error}"[:300]
-        return None
-
-    with ThreadPoolExecutor(8) as pool:
-        failures = dict(zip(calls, pool.map(attempt, calls), strict=True))
-    for label, failure in failures.items():
-        if failure is not None:
-            failures[label] = attempt(label)  # once more, alone
-            print(failure, "" if failures[label] else "(but alone it works)")
-    return {label: call for label, call in calls.items() if failures[label] is None}
-
-
 def bench(
     shape: tuple[int, int, bool],
     heads: int,
-    lowerings: list[str],
+    lowerings: list[str] | None,
     trying: bool,
     report: harness.Report,
 ) -> None:
@@ -173,37 +150,27 @@ def bench(
     given = draw(tokens, keys, heads, causal)
     definition = Definition(given)
     theirs = native(given)
-    for name in lowerings:
-        with harness.use_lowering(name):
-            chosen = config.row(heads, lowering.target_key())
-            rows = [chosen]
-            if trying:
-                rows += [row for row in tilings(name) if row != chosen]
-            # The same calls for all tilings, so that none is helped by a smaller working set.
-            ours = functools.partial(kernel.fp8_mqa_logits, **given, clean_logits=False)
-            calls = {describe(row): functools.partial(ours, row=row) for row in rows}
-            calls = working(({"DeepGEMM": theirs} if theirs else {}) | calls)
-            errors = {label: definition.error(call) for label, call in calls.items()}
-            for label, error in errors.items():
-                if not error < 2**-8:
-                    print(f"{name} {shape} {label}: WRONG, relative error {error}")
-                    del calls[label]
-            timings = harness.compare({k: [v] for k, v in calls.items()}, repeats=7)
-        native_us = timings["DeepGEMM"].us if "DeepGEMM" in timings else None
-        for label, timing in timings.items():
-            report.row(
-                operation="mqa_logits",
-                lowering="" if label == "DeepGEMM" else name,
-                tokens=tokens,
-                keys=keys,
-                causal=causal,
-                heads=heads,
-                what=f"{label:>18}",
-                in_table=label == describe(chosen),
-                error=errors[label],
-                to_native=native_us and round(native_us / timing.us, 3),
-                **rates(given, timing),
-            )
+
+    def ours(name: str) -> tuple[str, dict[str, list[Call]]]:
+        chosen = config.row(heads, lowering.target_key())
+        rows = [chosen]
+        if trying:
+            rows += [row for row in tilings(name) if row != chosen]
+        # The same call for all tilings, so that none is helped by a smaller working set.
+        call = functools.partial(kernel.fp8_mqa_logits, **given, clean_logits=False)
+        return describe(chosen), {describe(row): [functools.partial(call, row=row)] for row in rows}
+
+    contest(
+        report,
+        dict(op="mqa_logits", tokens=tokens, keys=keys, causal=causal, heads=heads),
+        native={"DeepGEMM": [theirs]} if theirs else {},
+        ours=ours,
+        error=definition.error,
+        tolerance=2**-8,
+        work=work(given),
+        lowerings=lowerings,
+        repeats=7,
+    )
 
 
 def main() -> None:
@@ -214,8 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = harness.Report(arguments)
     for shape in SHAPES[: arguments.shapes]:
-        names = arguments.lowering or list(harness.LOWERINGS)
-        bench(shape, arguments.heads, names, arguments.trying, report)
+        bench(shape, arguments.heads, arguments.lowering, arguments.trying, report)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
 """MXFP4 experts against vLLM's Marlin, from CUDA-graph replays.
 
 Input sets take different experts, and are so many that the touched weights do not stay in the L2
-cache. GB/s are over the weights and scales of the experts that a batch touches. ``reference_error``
-is ``|ours - reference| / |reference|`` over the whole result of the first input set.
+cache. GB/s are over the weights and scales of the experts that a batch touches.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import triton
 
 from benchmarks import harness
+from benchmarks.contest import contest, relative_error
 from benchmarks.mxfp4_experts import inputs, marlin
 from benchmarks.mxfp4_experts.inputs import INTERMEDIATE, LIMIT, TOP_K, Batch, Layer
 from vllm_sm12x.ops.mxfp4_experts import launch, mxfp4_experts
@@ -23,10 +22,12 @@ from vllm_sm12x.ops.mxfp4_experts.config import MOST_PAIRS, Product, Row
 
 # Bytes of weights that the input sets touch together, at least; the L2 cache has 50 MB.
 SET_BYTES = 600e6
-THREADS = 12
+
+# E4m3 keeps 4 bits of an activation, each product rounds to it once.
+TOLERANCES = {"bfloat16": 2**-8, "float8": 0.07}
 
 
-def tilings(tokens: int) -> dict[str, Row]:
+def tilings(tokens: int, form: str) -> dict[str, Row]:
     """What ``--try`` times, both products alike."""
     if tokens * TOP_K <= MOST_PAIRS:
         shapes = [
@@ -46,27 +47,29 @@ def tilings(tokens: int) -> dict[str, Row]:
                 label = f"{_label(shape)} dependent {lines}"
                 rows[label] = replace(_row(shape, MOST_PAIRS), dependent=True, lines=lines)
         return rows
-    shapes = [
-        (64, 128, 64, 4, 4),
-        (64, 128, 64, 4, 3),
-        (64, 256, 64, 8, 4),
-        (64, 128, 128, 8, 3),
-        (32, 128, 128, 4, 3),
-        (32, 128, 64, 4, 4),
-        (32, 256, 64, 8, 4),
-        (128, 128, 64, 8, 3),
-    ]
-    rows = {_label(shape): _row(shape, 0) for shape in shapes}
-    eight = [(64, 128, 128, 4, 3), (64, 128, 128, 4, 4), (64, 256, 128, 8, 3), (32, 128, 128, 4, 4)]
-    return rows | {f"float8 {_label(shape)}": _row(shape, 0) for shape in eight}
+    if form == "float8":
+        shapes = [
+            (64, 128, 128, 4, 3),
+            (64, 128, 128, 4, 4),
+            (64, 256, 128, 8, 3),
+            (32, 128, 128, 4, 4),
+        ]
+    else:
+        shapes = [
+            (64, 128, 64, 4, 4),
+            (64, 128, 64, 4, 3),
+            (64, 256, 64, 8, 4),
+            (64, 128, 128, 8, 3),
+            (32, 128, 128, 4, 3),
+            (32, 128, 64, 4, 4),
+            (32, 256, 64, 8, 4),
+            (128, 128, 64, 8, 3),
+        ]
+    return {_label(shape): _row(shape, 0) for shape in shapes}
 
 
 def _label(shape: tuple[int, ...]) -> str:
     return "/".join(map(str, shape))
-
-
-def _activations(label: str) -> str:
-    return "float8" if label.startswith("float8") else "bfloat16"
 
 
 def _row(shape: tuple[int, ...], most_pairs: int) -> Row:
@@ -82,7 +85,6 @@ def main() -> None:
     parser.add_argument("--moe-library", type=Path, help=f"vLLM's {marlin.LIBRARY}")
     arguments = parser.parse_args()
     report = harness.Report(arguments)
-    triton.runtime.driver.active.get_current_device()  # once, before the threads that compile
     print(harness.roofs(), flush=True)
     layer = inputs.layer(arguments.intermediate)
     native = marlin.load(arguments.moe_library)
@@ -93,52 +95,61 @@ def main() -> None:
         sets = [inputs.batch(tokens, 0)]
         touched = inputs.touched_bytes(sets[0], layer)
         sets += [inputs.batch(tokens, seed) for seed in range(1, int(SET_BYTES // touched) + 1)]
-        expected = torch.empty_like(sets[0].out)
-        run(sets[0], layer, expected, None, "reference", native)
-        about = dict(op="mxfp4_experts", tokens=tokens, intermediate=arguments.intermediate)
-        work = dict(
+        forms = ["bfloat16"] if tokens * TOP_K <= MOST_PAIRS else ["bfloat16", "float8"]
+        for form in forms:
+            bench(sets, layer, form, theirs, arguments, report)
+
+
+def bench(
+    sets: list[Batch],
+    layer: Layer,
+    form: str,
+    theirs: marlin.Marlin | None,
+    arguments: argparse.Namespace,
+    report: harness.Report,
+) -> None:
+    """Our experts with activations of a form, beside Marlin's with bfloat16 ones."""
+    native = theirs is not None
+    out, expected = sets[0].out, torch.empty_like(sets[0].out)
+    run(sets[0], layer, expected, None, "reference", native)
+    tokens = len(out)
+    marlins = [functools.partial(theirs, each) for each in sets] if theirs is not None else []
+
+    def error(call: harness.Call) -> float | None:
+        if call in marlins:
+            return None
+        out.fill_(torch.nan)
+        call()
+        return relative_error(out, expected)
+
+    def ours(_: str) -> tuple[str, dict[str, list]]:
+        rows: dict[str, Row | None] = {"table": None}
+        if arguments.tilings:
+            rows |= tilings(tokens, form)
+        return "table", {
+            label: [
+                functools.partial(run, each, layer, each.out, row, "triton", native, form)
+                for each in sets
+            ]
+            for label, row in rows.items()
+        }
+
+    contest(
+        report,
+        dict(
+            op="mxfp4_experts", tokens=tokens, intermediate=arguments.intermediate, activations=form
+        ),
+        native={"Marlin": marlins} if marlins else {},
+        ours=ours,
+        error=error,
+        tolerance=TOLERANCES[form],
+        work=dict(
             flops=inputs.flops(tokens, arguments.intermediate),
             nbytes=sum(inputs.touched_bytes(each, layer) for each in sets) / len(sets),
-        )
-        candidates = {}
-        if theirs is not None:
-            candidates["marlin"] = [functools.partial(theirs, each) for each in sets]
-        for lowering in arguments.lowering or harness.LOWERINGS:
-            rows: dict[str, Row | None] = {"table": None, "float8 table": None}
-            if arguments.tilings:
-                rows = tilings(tokens)
-            elif tokens * TOP_K <= MOST_PAIRS:
-                del rows["float8 table"]
-            with harness.use_lowering(lowering):
-                calls = {
-                    label: [
-                        functools.partial(
-                            run, each, layer, each.out, row, "triton", native, _activations(label)
-                        )
-                        for each in sets
-                    ]
-                    for label, row in rows.items()
-                }
-                compiled = _first_calls(calls, sets[0], expected)
-                timings = harness.compare(
-                    {**candidates, **{label: calls[label] for label in compiled}}, repeats=7
-                )
-            if candidates:
-                theirs_us = timings["marlin"].us
-                report.row(
-                    **about,
-                    lowering=lowering,
-                    tiling="marlin",
-                    error=None,
-                    **harness.rate(timings["marlin"], **work),
-                    ratio=1.0,
-                )
-            for label, error in compiled.items():
-                ratio = round(timings[label].us / theirs_us, 3) if candidates else None
-                figures = harness.rate(timings[label], **work)
-                report.row(
-                    **about, lowering=lowering, tiling=label, error=error, **figures, ratio=ratio
-                )
+        ),
+        lowerings=arguments.lowering,
+        repeats=7,
+    )
 
 
 def run(
@@ -168,24 +179,6 @@ def run(
     else:
         float8 = options.pop("activations") == "float8"
         launch.mxfp4_experts(*arguments, LIMIT, row=row, float8=float8, **options)
-
-
-def _first_calls(calls: dict, batch: Batch, expected: torch.Tensor) -> dict[str, float]:
-    """Compile side by side, then check each; those that run, with their error."""
-    with ThreadPoolExecutor(THREADS, initializer=torch.cuda.set_device, initargs=(0,)) as pool:
-        for of_label in calls.values():
-            pool.submit(of_label[0])  # what it raises is raised again below
-    errors = {}
-    for label, of_label in calls.items():
-        try:
-            batch.out.fill_(torch.nan)
-            of_label[0]()
-            torch.cuda.synchronize()
-            error = (batch.out.float() - expected.float()).norm() / expected.float().norm()
-            errors[label] = round(error.item(), 5)
-        except Exception as error:  # a tiling that this GPU cannot run
-            print(f"{label}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-    return errors
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """Decode logits of the indexer beside DeepGEMM's, from CUDA-graph replays.
 
-``--try`` times tilings that are not in the table as well. Whatever is timed has just been compared
-with the definition on the same inputs. ``to_native`` is DeepGEMM's time over ours; the schedule
-that DeepGEMM wants is made before, as vLLM makes it once a step for all layers.
+``--try`` times tilings that are not in the table as well. The schedule that DeepGEMM wants is made
+before, as vLLM makes it once a step for all layers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from benchmarks import harness
+from benchmarks.contest import contest, relative_error
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.paged_mqa_logits import (
     BLOCK_SIZE,
@@ -89,11 +88,12 @@ def draw(shape: tuple[int, int, int, int], heads: int) -> list[dict]:
     return given
 
 
-def rates(shape: tuple[int, int, int, int], heads: int, timing: harness.Timing) -> dict:
+def work(shape: tuple[int, int, int, int], heads: int) -> dict[str, float]:
+    """Operations and bytes of the definition."""
     requests, next_n, keys, _ = shape
     rows = requests * next_n
     nbytes = requests * keys * TOKEN_BYTES + rows * (4 * keys + heads * (HEAD_DIM + 4))
-    return harness.rate(timing, flops=2.0 * rows * keys * heads * HEAD_DIM, nbytes=nbytes)
+    return dict(flops=2.0 * rows * keys * heads * HEAD_DIM, nbytes=nbytes)
 
 
 class Definition:
@@ -103,12 +103,9 @@ class Definition:
         self._logits = reference.fp8_paged_mqa_logits(**given, clean_logits=False)
         column = torch.arange(given["max_model_len"], device="cuda")
         self._inside = column < given["context_lens"].reshape(-1, 1)
-        self._size = self._logits[self._inside].square().mean().sqrt()
 
     def error(self, call: Call) -> float:
-        """Root of the mean square of the error, over that of the logits."""
-        error = (call() - self._logits)[self._inside]
-        return float(error.square().mean().sqrt() / self._size)
+        return relative_error(call()[self._inside], self._logits[self._inside])
 
 
 @functools.cache
@@ -172,30 +169,10 @@ def describe(row: Row) -> str:
     return f"{row.pages} w{row.num_warps} s{row.num_stages} p{row.programs}{bound}"
 
 
-def working(calls: dict[str, list[Call]]) -> dict[str, list[Call]]:
-    """Those that compile and launch; all are compiled at a time."""
-
-    def attempt(label: str) -> str | None:
-        try:
-            calls[label][0]()
-            torch.cuda.synchronize()
-        except Exception as error:
-            return f"{label}: {type(error).__name__}: {error}"[:300]
-        return None
-
-    with ThreadPoolExecutor(8) as pool:
-        failures = dict(zip(calls, pool.map(attempt, calls), strict=True))
-    for label, failure in failures.items():
-        if failure is not None:
-            failures[label] = attempt(label)  # once more, alone
-            print(failure, "" if failures[label] else "(but alone it works)")
-    return {label: call for label, call in calls.items() if failures[label] is None}
-
-
 def bench(
     shape: tuple[int, int, int, int],
     heads: int,
-    lowerings: list[str],
+    lowerings: list[str] | None,
     trying: bool,
     report: harness.Report,
 ) -> None:
@@ -203,44 +180,37 @@ def bench(
     sets = draw(shape, heads)
     definition = Definition(sets[0])
     theirs = [call for call in map(native, sets) if call is not None]
-    for name in lowerings:
-        with harness.use_lowering(name):
-            chosen = config.row(requests * next_n, heads, lowering.target_key())
-            rows = [chosen]
-            if trying:
-                rows += [row for row in tilings(name) if row != chosen]
-            calls = {
-                describe(row): [
-                    functools.partial(
-                        kernel.fp8_paged_mqa_logits, **given, clean_logits=False, row=row
-                    )
-                    for given in sets
-                ]
-                for row in rows
-            }
-            calls = working(({"DeepGEMM": theirs} if theirs else {}) | calls)
-            errors = {label: definition.error(call[0]) for label, call in calls.items()}
-            for label, error in errors.items():
-                if not error < 2**-8:
-                    print(f"{name} {shape} {label}: WRONG, relative error {error}")
-                    del calls[label]
-            timings = harness.compare(calls, repeats=9, graph_us=500)
-        native_us = timings["DeepGEMM"].us if "DeepGEMM" in timings else None
-        for label, timing in timings.items():
-            report.row(
-                operation="paged_mqa_logits",
-                lowering="" if label == "DeepGEMM" else name,
-                requests=requests,
-                next_n=next_n,
-                keys=keys,
-                columns=columns,
-                heads=heads,
-                what=f"{label:>18}",
-                in_table=label == describe(chosen),
-                error=errors[label],
-                to_native=native_us and round(native_us / timing.us, 3),
-                **rates(shape, heads, timing),
-            )
+
+    def ours(name: str) -> tuple[str, dict[str, list[Call]]]:
+        chosen = config.row(requests * next_n, heads, lowering.target_key())
+        rows = [chosen]
+        if trying:
+            rows += [row for row in tilings(name) if row != chosen]
+        call = functools.partial(kernel.fp8_paged_mqa_logits, clean_logits=False)
+        return describe(chosen), {
+            describe(row): [functools.partial(call, **given, row=row) for given in sets]
+            for row in rows
+        }
+
+    contest(
+        report,
+        dict(
+            op="paged_mqa_logits",
+            requests=requests,
+            next_n=next_n,
+            keys=keys,
+            columns=columns,
+            heads=heads,
+        ),
+        native={"DeepGEMM": theirs} if theirs else {},
+        ours=ours,
+        error=definition.error,
+        tolerance=2**-8,
+        work=work(shape, heads),
+        lowerings=lowerings,
+        repeats=9,
+        graph_us=500,
+    )
 
 
 def main() -> None:
@@ -251,8 +221,7 @@ def main() -> None:
     arguments = parser.parse_args()
     report = harness.Report(arguments)
     for shape in SHAPES[: arguments.shapes]:
-        names = arguments.lowering or list(harness.LOWERINGS)
-        bench(shape, arguments.heads, names, arguments.trying, report)
+        bench(shape, arguments.heads, arguments.lowering, arguments.trying, report)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Sparse MLA decode against FlashMLA, from CUDA-graph replays.
 
 FlashMLA has no kernel for fewer than 64 heads: with 32 its queries are padded, as vLLM pads them.
-``relative_error`` is ``|ours - FlashMLA| / |FlashMLA|`` over the whole result.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 from dataclasses import replace
 
 from benchmarks import harness
+from benchmarks.contest import contest
 from benchmarks.sparse_mla import flashmla, inputs
-from benchmarks.sparse_mla.measuring import measure
-from vllm_sm12x.lowering import multiprocessors
+from benchmarks.sparse_mla.definition import TOLERANCE, definition_error
+from vllm_sm12x.lowering import multiprocessors, target_key
 from vllm_sm12x.ops.sparse_mla import config_decode, sparse_mla_decode
 from vllm_sm12x.ops.sparse_mla.decode_kernel import sparse_mla_decode as kernel
 
@@ -51,7 +52,6 @@ def main() -> None:
     parser.add_argument("--try", dest="tilings", action="store_true", help="time other tilings")
     arguments = parser.parse_args()
     report = harness.Report(arguments)
-    native = flashmla.available()
     for heads in arguments.heads:
         for name in arguments.case:
             kind, compressed = CASES[name]
@@ -60,38 +60,51 @@ def main() -> None:
                     inputs.decode(tokens, heads, kind, compressed, seed)
                     for seed in range(INPUT_SETS)
                 ]
-                keys = 128 + compressed
-                work = dict(
-                    flops=inputs.decode_flops(tokens, heads, keys),
-                    nbytes=inputs.decode_bytes(tokens, heads, keys),
-                )
-                about = dict(op="sparse_mla_decode", case=name, heads=heads, tokens=tokens)
-                candidates = {}
-                if native:
-                    candidates["flashmla"] = [flashmla.Decode(**each) for each in sets]
-                for lowering in arguments.lowering or harness.LOWERINGS:
-                    ours = {}
-                    if arguments.tilings:
-                        for row in tilings():
-                            splits = config_decode.splits(
-                                row, tokens, heads, keys, multiprocessors()
-                            )
-                            label = (
-                                f"{row.block_h}x{row.block_n}/{row.parts}/{row.maxnreg}/{splits}"
-                            )
-                            ours[label] = [
-                                functools.partial(_tiling, each, row, splits) for each in sets
-                            ]
-                    else:
-                        ours["table"] = [
-                            functools.partial(sparse_mla_decode, implementation="triton", **each)
-                            for each in sets
-                        ]
-                    with harness.use_lowering(lowering):
-                        for label, calls in ours.items():
-                            row = dict(about, lowering=lowering, tiling=label)
-                            out = sets[0]["out"]
-                            measure(report, row, calls, candidates, out, work, _relation)
+                bench(sets, name, heads, tokens, arguments, report)
+
+
+def bench(
+    sets: list[dict],
+    case: str,
+    heads: int,
+    tokens: int,
+    arguments: argparse.Namespace,
+    report: harness.Report,
+) -> None:
+    keys = 128 + CASES[case][1]
+    native = {}
+    if flashmla.available():
+        native["FlashMLA"] = [flashmla.Decode(**each) for each in sets]
+
+    def ours(_: str) -> tuple[str, dict[str, list]]:
+        chosen = config_decode.row(tokens, heads, keys, target_key())
+        calls = {}
+        for row in (chosen, *(tilings() if arguments.tilings else ())):
+            splits = config_decode.splits(row, tokens, heads, keys, multiprocessors())
+            calls[describe(row, splits)] = [
+                functools.partial(_tiling, each, row, splits) for each in sets
+            ]
+        return next(iter(calls)), calls
+
+    contest(
+        report,
+        dict(op="sparse_mla_decode", case=case, heads=heads, tokens=tokens),
+        native=native,
+        ours=ours,
+        error=definition_error(sets[0], sparse_mla_decode),
+        tolerance=TOLERANCE,
+        work=dict(
+            flops=inputs.decode_flops(tokens, heads, keys),
+            nbytes=inputs.decode_bytes(tokens, heads, keys),
+        ),
+        lowerings=arguments.lowering,
+    )
+
+
+def describe(row: config_decode.Row, splits: int) -> str:
+    bound = "" if row.maxnreg is None else f" r{row.maxnreg}"
+    parts = f" p{row.parts}" if row.parts else ""
+    return f"{row.block_h}x{row.block_n} w{row.num_warps}{parts} /{splits}{bound}"
 
 
 def _tiling(arguments: dict, row: config_decode.Row, splits: int) -> None:
@@ -100,10 +113,6 @@ def _tiling(arguments: dict, row: config_decode.Row, splits: int) -> None:
     sets = [tuple(values[i : i + 3]) for i in range(0, len(values), 3)]
     q, sink, out = (arguments[name] for name in ("q", "attn_sink", "out"))
     kernel(q, sets, sink, arguments["softmax_scale"], out, row=row, splits=splits)
-
-
-def _relation(ours_us: float, native_us: float) -> dict[str, float]:
-    return {"ratio": round(ours_us / native_us, 3)}
 
 
 if __name__ == "__main__":

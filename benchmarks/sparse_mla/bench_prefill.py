@@ -1,18 +1,20 @@
 """Sparse MLA prefill against FlashMLA, from CUDA-graph replays.
 
-``relative_rate`` is FlashMLA's time over ours. With 32 heads its queries are padded to 64, as
-vLLM pads them.
+With 32 heads, FlashMLA's queries are padded to 64, as vLLM pads them.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 
 from benchmarks import harness
+from benchmarks.contest import contest
 from benchmarks.sparse_mla import flashmla, inputs
-from benchmarks.sparse_mla.measuring import measure
+from benchmarks.sparse_mla.definition import TOLERANCE, definition_error
+from vllm_sm12x.lowering import target_key
 from vllm_sm12x.ops.sparse_mla import sparse_mla_prefill
-from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig
+from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig, prefill_config
 from vllm_sm12x.ops.sparse_mla.prefill_kernel import sparse_mla_prefill as kernel
 
 ROWS = 32_768
@@ -58,42 +60,50 @@ def main() -> None:
     parser.add_argument("--try", dest="tilings", action="store_true", help="time other tilings")
     arguments = parser.parse_args()
     report = harness.Report(arguments)
-    native = flashmla.available()
     for heads in arguments.heads:
         for tokens, keys in SHAPES[: arguments.shapes]:
             sets = [inputs.prefill(tokens, heads, keys, ROWS, seed) for seed in range(2)]
-            flops = inputs.prefill_flops(tokens, heads, keys)
-            about = dict(op="sparse_mla_prefill", heads=heads, tokens=tokens, keys=keys)
-            candidates = {}
-            if native:
-                candidates["flashmla"] = [flashmla.Prefill(**each) for each in sets]
-            for lowering in arguments.lowering or harness.LOWERINGS:
-                ours = {}
-                if arguments.tilings:
-                    for config in tilings(lowering):
-                        label = "x".join(
-                            map(str, (config.block_h, config.block_n, config.num_warps))
-                        )
-                        label += (
-                            f"/{config.num_stages}/{'kh'[not config.keys_first]}/{config.parts}"
-                        )
-                        ours[label] = [
-                            functools.partial(kernel, config=config, **each) for each in sets
-                        ]
-                else:
-                    ours["table"] = [
-                        functools.partial(sparse_mla_prefill, implementation="triton", **each)
-                        for each in sets
-                    ]
-                with harness.use_lowering(lowering):
-                    for label, calls in ours.items():
-                        row = dict(about, lowering=lowering, tiling=label)
-                        out = sets[0]["out"]
-                        measure(report, row, calls, candidates, out, dict(flops=flops), _relation)
+            bench(sets, heads, tokens, keys, arguments, report)
 
 
-def _relation(ours_us: float, native_us: float) -> dict[str, float]:
-    return {"relative_rate": round(native_us / ours_us, 3)}
+def bench(
+    sets: list[dict],
+    heads: int,
+    tokens: int,
+    keys: int,
+    arguments: argparse.Namespace,
+    report: harness.Report,
+) -> None:
+    native = {}
+    if flashmla.available():
+        native["FlashMLA"] = [flashmla.Prefill(**each) for each in sets]
+
+    def ours(lowering: str) -> tuple[str, dict[str, list]]:
+        chosen = prefill_config(target_key(), heads)
+        configs = [chosen, *(tilings(lowering) if arguments.tilings else ())]
+        return describe(chosen), {
+            describe(config): [functools.partial(kernel, config=config, **each) for each in sets]
+            for config in configs
+        }
+
+    contest(
+        report,
+        dict(op="sparse_mla_prefill", heads=heads, tokens=tokens, keys=keys),
+        native=native,
+        ours=ours,
+        error=definition_error(sets[0], sparse_mla_prefill),
+        tolerance=TOLERANCE,
+        work=dict(flops=inputs.prefill_flops(tokens, heads, keys)),
+        lowerings=arguments.lowering,
+    )
+
+
+def describe(config: PrefillConfig) -> str:
+    sides = "nh" if config.keys_first else "hn"
+    parts = f" p{config.parts}" if config.parts else ""
+    return (
+        f"{config.block_h}x{config.block_n}{sides} w{config.num_warps} s{config.num_stages}{parts}"
+    )
 
 
 if __name__ == "__main__":
