@@ -21,6 +21,7 @@ OPERATIONS = {
     "fp8_linear": "FP8 block linears: E8M0 scales become float32, DeepGEMM is not chosen",
     "mhc": "TileLang's and DeepGEMM's hyper-connection kernels",
     "mxfp4_experts": "Marlin's MXFP4 experts",
+    "router_logits": "the router's product that is rounded to bfloat16 (float32 results are kept)",
     "cutedsl": "CuTeDSL's compressor and cache kernels (upstream's Triton forms are used)",
     "window_rope": "YaRN on window-only layers (plain RoPE, as the checkpoint was trained)",
 }

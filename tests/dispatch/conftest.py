@@ -40,6 +40,7 @@ NAMES = (
     "fp8_linear",
     "mhc",
     "mxfp4_experts",
+    "router_logits",
     "cutedsl",
     "window_rope",
 )

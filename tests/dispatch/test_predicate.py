@@ -22,6 +22,7 @@ ALL = {
     "fp8_linear",
     "mhc",
     "mxfp4_experts",
+    "router_logits",
     "cutedsl",
     "window_rope",
 }
