@@ -117,6 +117,14 @@ def test_a_length_beyond_the_table_or_the_result_is_cut():
     assert torch.equal(run(given)[0, :100], expected)
 
 
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_the_table_ends_with_the_last_page(pages):
+    """Nothing behind it is looked at, with a tile of two pages neither."""
+    case = Case([[64], [64 * pages]], heads=32, width=pages, max_model_len=64 * pages)
+    for row in (config.Row(1, 2, 2, 1), config.Row(2, 4, 2, 1)):
+        check(case, row=row)
+
+
 def test_one_logit_by_hand():
     raw = torch.full((2 * 8640,), 0xFF, dtype=torch.uint8)
     page = raw[8640:]

@@ -190,7 +190,10 @@ def hc_prenorm_gemm(
         sqrsum.zero_()
         return
     config = config or configs(target, tokens)[0]
-    products = out if out.stride(-1) == 1 else out.new_empty(out.shape)
+    # Whole rows of the tile, so that its last columns lie inside too.
+    block_out = max(8, triton.next_power_of_2(outputs))
+    fits = out.stride(-1) == 1 and outputs == block_out
+    products = out if fits else out.new_empty(n_splits, tokens, block_out)
     # The part of each program is here the caller's.
     columns = x.size(1) // n_splits
     mix_kernel[(triton.cdiv(tokens, config.block_t), n_splits)](
@@ -210,7 +213,7 @@ def hc_prenorm_gemm(
         HIDDEN=x.size(1),
         STREAMS=1,
         OUTPUTS=outputs,
-        BLOCK_OUT=max(8, triton.next_power_of_2(outputs)),
+        BLOCK_OUT=block_out,
         BLOCK_T=config.block_t,
         BLOCK_H=config.block_h,
         HAS_POST=False,
@@ -220,7 +223,7 @@ def hc_prenorm_gemm(
         **options,
     )
     if products is not out:
-        out.copy_(products)
+        out.copy_(products[..., :outputs])
 
 
 def _options(name: str, tensor: torch.Tensor, streams: int | None = STREAMS) -> tuple[Options, str]:
