@@ -18,23 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from answers import ALTERNATIVES, Answer, difference
 from drawing import LOGIT_STD
+from environment import add_path_options, commit, machine, now, prepare, settings
 from flash_config import write_config
 
-HERE = Path(__file__).resolve().parent
 PROMPT_LENGTHS = (1, 5, 127, 130, 700, 3000)
 OUTPUT_TOKENS = 24
 # Where the answer is cut for the second look at it: prefill what was decoded up to here.
@@ -42,11 +39,6 @@ CUT = 12
 MAX_MODEL_LEN = 8192
 # Below the longest prompt, so that it is read in chunks.
 MAX_BATCHED_TOKENS = 2048
-LOWERINGS = ("auto", "native", "sm120")
-# Settings that a report names.
-NAMED = ("PORTABLE", "KERNELS", "LOWERING")
-# Alternatives kept for each token of an answer, to judge a fork by.
-ALTERNATIVES = 5
 # Two ways to the same position (another batch, prefill for decode) round FP8 activations and sum
 # bf16 in another order, and with weights drawn at random nothing damps that from layer to layer.
 # Upstream's kernels on an H200 part in every answer and differ by up to 0.75 with themselves (see
@@ -88,21 +80,6 @@ def start(args: argparse.Namespace, folder: Path) -> Any:
     )
 
 
-@dataclass
-class Answer:
-    """Greedy tokens, and for each step the log-probabilities of the likeliest tokens."""
-
-    tokens: list[int]
-    steps: list[dict[int, float]]
-
-    @property
-    def logprobs(self) -> list[float]:
-        return [step[token] for token, step in zip(self.tokens, self.steps, strict=True)]
-
-    def tail(self, first: int) -> Answer:
-        return Answer(self.tokens[first:], self.steps[first:])
-
-
 def generate(
     llm: Any, batch: list[list[int]], tokens: int, prompt_logprobs: int | None = None
 ) -> list[Any]:
@@ -120,36 +97,7 @@ def generate(
 
 
 def answer(llm: Any, batch: list[list[int]], tokens: int) -> list[Answer]:
-    answers = []
-    for output in generate(llm, batch, tokens):
-        first = output.outputs[0]
-        steps = [{token: one.logprob for token, one in step.items()} for step in first.logprobs]
-        answers.append(Answer(list(first.token_ids), steps))
-    return answers
-
-
-@dataclass
-class Difference:
-    """Two answers to the same prompt, up to where they part.
-
-    ``gap`` is the largest difference of a log-probability before that. ``fork`` is how much
-    likelier the first answer's token was than the second's, in the first answer's eyes; ``inf``
-    where the second's was not among the alternatives; None where they do not part.
-    """
-
-    gap: float
-    fork: float | None
-
-
-def difference(first: Answer, second: Answer) -> Difference:
-    gap = 0.0
-    for token, other, step, step2 in zip(
-        first.tokens, second.tokens, first.steps, second.steps, strict=False
-    ):
-        if token != other:
-            return Difference(gap, step[token] - step.get(other, -math.inf))
-        gap = max(gap, abs(step[token] - step2[token]))
-    return Difference(gap, None)
+    return [Answer.of(output) for output in generate(llm, batch, tokens)]
 
 
 def teacher_forced(output: Any, prompt: list[int]) -> dict[str, list[float]]:
@@ -240,30 +188,6 @@ def compare(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def machine() -> dict[str, str]:
-    import torch
-    import triton
-    import vllm
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "--verify", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
 def command(args: argparse.Namespace) -> str:
     """The command that was run, with the names of files and not their folders."""
     files = {str(path): path.name for path in (args.out, args.compare) if path}
@@ -280,19 +204,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--path", choices=("portable", "native"), default="portable")
-    parser.add_argument(
-        "--operations", help="exact SM12X_PORTABLE value instead of all or none; no tripwires then"
-    )
-    parser.add_argument("--kernels", default="auto", help="SM12X_KERNELS (default: auto)")
-    parser.add_argument(
-        "--lowering", choices=LOWERINGS, default="auto", help="SM12X_LOWERING (default: auto)"
-    )
+    add_path_options(parser)
     parser.add_argument("--mtp", type=int, default=0, help="speculative tokens (default: 0)")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs, no torch.compile")
-    parser.add_argument("--memory", type=float, default=0.6, help="share of the GPU's memory")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
-    parser.add_argument("--commit", help="commit to name in the report where git cannot tell")
     parser.add_argument("--compare", type=Path, help="a report of another run to compare with")
     args = parser.parse_args()
     if args.mtp < 0:
@@ -306,19 +221,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    # One process: the tripwires must be where the model runs.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ["SM12X_PORTABLE"] = args.operations or ("all" if args.path == "portable" else "none")
-    os.environ["SM12X_KERNELS"] = args.kernels
-    os.environ["SM12X_LOWERING"] = args.lowering
-    guarded = args.path == "portable" and not args.operations
+    guarded = prepare(args)
     if guarded:
         import tripwire
-
-        tripwire.install()
 
     checks = Checks()
     with tempfile.TemporaryDirectory() as folder:
@@ -328,11 +233,11 @@ def main() -> int:
         print(f"engine ready after {start_s:.1f} s", flush=True)
         batch = prompts(llm.llm_engine.model_config.get_vocab_size())
         report: dict[str, Any] = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": now(),
             "commit": args.commit or commit(),
             "command": command(args),
             "machine": machine(),
-            **{f"SM12X_{name}": os.environ[f"SM12X_{name}"] for name in NAMED},
+            **settings(),
             "mtp": args.mtp,
             "eager": args.eager,
             "start_s": round(start_s, 1),

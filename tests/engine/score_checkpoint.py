@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence as Listed
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 # For `tests.…`, here and in the processes of --tp.
 sys.path.insert(0, str(HERE.parents[1]))
 
-from run_engine import LOWERINGS, NAMED, commit, machine  # noqa: E402
+from environment import add_path_options, commit, machine, now, prepare, settings  # noqa: E402
 from tests.checkpoint.digest import digest  # noqa: E402
 from tests.oracle.scores import MOST_KEPT, Scores  # noqa: E402
 from tests.oracle.sequences import PROMPT_LENGTHS, Sequence, draw_sequences  # noqa: E402
@@ -124,14 +122,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path, help="a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="the run, as .npz")
-    parser.add_argument("--path", choices=("portable", "native"), default="portable")
-    parser.add_argument(
-        "--operations", help="exact SM12X_PORTABLE value instead of all or none; no tripwires then"
-    )
-    parser.add_argument("--kernels", default="auto", help="SM12X_KERNELS (default: auto)")
-    parser.add_argument(
-        "--lowering", choices=LOWERINGS, default="auto", help="SM12X_LOWERING (default: auto)"
-    )
+    add_path_options(parser)
     parser.add_argument("--tp", type=int, default=1, help="GPUs (default: 1)")
     parser.add_argument(
         "--prompts",
@@ -141,8 +132,6 @@ def arguments() -> argparse.Namespace:
         help="lengths of the prompts (default: %(default)s)",
     )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs, no torch.compile")
-    parser.add_argument("--memory", type=float, default=0.6, help="share of the GPU's memory")
-    parser.add_argument("--commit", help="commit to name in the run where git cannot tell")
     args = parser.parse_args()
     if not (args.folder / "config.json").is_file():
         parser.error(f"{args.folder}: no checkpoint there")
@@ -153,19 +142,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    # One process where one GPU suffices: the tripwires must be where the model runs.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ["SM12X_PORTABLE"] = args.operations or ("all" if args.path == "portable" else "none")
-    os.environ["SM12X_KERNELS"] = args.kernels
-    os.environ["SM12X_LOWERING"] = args.lowering
-    guarded = args.path == "portable" and not args.operations and args.tp == 1
+    guarded = prepare(args)
     if guarded:
         import tripwire
-
-        tripwire.install()
 
     config = json.loads((args.folder / "config.json").read_text(encoding="utf-8"))
     vocab_size = config["vocab_size"]
@@ -190,12 +169,12 @@ def main() -> int:
         facts={
             "implementation": "vllm",
             **machine(),
-            **{f"SM12X_{name}": os.environ[f"SM12X_{name}"] for name in NAMED},
+            **settings(),
             "tripwires": guarded,
             "tp": args.tp,
             "eager": args.eager,
             "commit": args.commit or commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": now(),
             "start_s": round(start_s, 1),
             "score_s": round(score_s, 1),
         },

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from run_engine import LOGPROB_TOLERANCE, Answer, Checks, check_same, compare, difference
+from answers import Answer, difference
+from run_engine import LOGPROB_TOLERANCE, Checks, check_same, compare
 
 
 def answer(*steps: dict[int, float]) -> Answer:

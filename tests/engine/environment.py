@@ -1,0 +1,83 @@
+"""What the programs that start the engine share: options, environment, and what a report names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LOWERINGS = ("auto", "native", "sm120")
+# Settings that a report names.
+_NAMED = ("SM12X_PORTABLE", "SM12X_KERNELS", "SM12X_LOWERING", "SM12X_MTP_FULL_GRAPHS")
+
+
+def add_path_options(parser: argparse.ArgumentParser) -> None:
+    """``--path``, ``--operations``, ``--kernels``, ``--lowering``, ``--memory``, ``--commit``."""
+    parser.add_argument("--path", choices=("portable", "native"), default="portable")
+    parser.add_argument(
+        "--operations", help="exact SM12X_PORTABLE value instead of all or none; no tripwires then"
+    )
+    parser.add_argument("--kernels", default="auto", help="SM12X_KERNELS (default: auto)")
+    parser.add_argument(
+        "--lowering", choices=LOWERINGS, default="auto", help="SM12X_LOWERING (default: auto)"
+    )
+    parser.add_argument("--memory", type=float, default=0.6, help="share of the GPU's memory")
+    parser.add_argument("--commit", help="commit to name in the report where git cannot tell")
+
+
+def prepare(args: argparse.Namespace) -> bool:
+    """Set the environment for what :func:`add_path_options` parsed, before vLLM is imported.
+
+    Returns:
+        Whether the tripwires were installed: every operation is portable.
+    """
+    # One process: the tripwires must be where the model runs.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    os.environ["SM12X_PORTABLE"] = args.operations or ("all" if args.path == "portable" else "none")
+    os.environ["SM12X_KERNELS"] = args.kernels
+    os.environ["SM12X_LOWERING"] = args.lowering
+    guarded = args.path == "portable" and not args.operations and getattr(args, "tp", 1) == 1
+    if guarded:
+        import tripwire
+
+        tripwire.install()
+    return guarded
+
+
+def settings() -> dict[str, str]:
+    """The variables that :func:`prepare` and its callers set."""
+    return {name: os.environ[name] for name in _NAMED if name in os.environ}
+
+
+def machine() -> dict[str, str]:
+    import torch
+    import triton
+    import vllm
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "--verify", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
