@@ -20,6 +20,9 @@ from drawing import Kind, distinct_experts, draw
 
 LOAD_FORMAT = "made"
 
+# After those that begin and end a text.
+_FIRST_LIVELY = 2
+
 _E8M0_BIAS = 127
 # Root mean square of the e4m3 weights before their scale: well inside the format's range.
 _FP8_RMS = 16.0
@@ -33,12 +36,20 @@ def _exponent(rms: float, fan_in: int) -> int:
 
 
 @torch.no_grad()
-def make_parameter(name: str, parameter: torch.Tensor) -> None:
+def make_parameter(name: str, parameter: torch.Tensor, lively_tokens: int | None = None) -> None:
     """Fill one parameter in place.
 
+    Args:
+        lively_tokens: Only so many tokens, from 2 on, can be answered, so that a random draft is
+            right now and then: the head has zeros for the others, and each row once more with the
+            other sign, so that some logit is positive. Even; None: all tokens.
+
     Raises:
-        ValueError: The parameter is of a kind that the checkpoint does not have.
+        ValueError: The parameter is of a kind that the checkpoint does not have, or
+            ``lively_tokens`` is odd.
     """
+    if lively_tokens is not None and (lively_tokens < 2 or lively_tokens % 2):
+        raise ValueError(f"lively_tokens: {lively_tokens}, allowed: even numbers from 2 on")
     generator = torch.Generator(device=parameter.device)
     generator.manual_seed(zlib.crc32(name.encode()))
 
@@ -64,6 +75,10 @@ def make_parameter(name: str, parameter: torch.Tensor) -> None:
     else:
         kind = _kind(name, leaf, parameter.dim())
         parameter.copy_(draw(kind, parameter.shape, generator, parameter.device))
+        if kind == "head" and lively_tokens is not None:
+            half = parameter[_FIRST_LIVELY : _FIRST_LIVELY + lively_tokens // 2].clone()
+            parameter.zero_()
+            parameter[_FIRST_LIVELY : _FIRST_LIVELY + lively_tokens] = torch.cat((half, -half))
 
 
 def _kind(name: str, leaf: str, dimensions: int) -> Kind:
@@ -89,11 +104,16 @@ def _kind(name: str, leaf: str, dimensions: int) -> Kind:
 
 @register_model_loader(LOAD_FORMAT)
 class MadeWeightsLoader(BaseModelLoader):
-    """``load_format="made"``; nothing is read or downloaded."""
+    """``load_format="made"``; nothing is read or downloaded.
+
+    ``model_loader_extra_config`` may name ``lively_tokens`` (see :func:`make_parameter`), on one
+    GPU.
+    """
 
     def download_model(self, model_config: ModelConfig) -> None:
         pass
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        lively = (self.load_config.model_loader_extra_config or {}).get("lively_tokens")
         for name, parameter in model.named_parameters():
-            make_parameter(name, parameter.data)
+            make_parameter(name, parameter.data, lively)

@@ -83,3 +83,20 @@ def test_the_model_has_every_kind_of_layer():
     config = flash_config()
     assert set(COMPRESS_RATIOS) == {0, 4, 128}
     assert len(config["compress_ratios"]) == config["num_hidden_layers"] + 1
+
+
+def test_few_tokens_can_be_answered():
+    head = torch.full((32, 64), math.nan)
+    made_weights.make_parameter("lm_head.weight", head, lively_tokens=8)
+    assert torch.equal(head[6:10], -head[2:6])
+    assert (head[2:10] != 0).all()
+    assert not head[:2].any() and not head[10:].any()
+    # Whatever the hidden state, some lively token is likelier than all others.
+    hidden = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    assert (head @ hidden)[2:10].max() > 0
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_an_odd_number_of_tokens_is_refused(number):
+    with pytest.raises(ValueError, match=f"lively_tokens: {number}, allowed: even"):
+        made_weights.make_parameter("norm.weight", torch.zeros(4), number)

@@ -1,0 +1,235 @@
+"""Engines that answer the same requests in other ways: drafting or not, graphs, cache, preemption.
+
+A run's name says how: ``mtp2-piecewise-cache`` drafts two tokens, decodes on piecewise CUDA graphs
+and keeps a prefix cache. ``mtp0``, without more, is what all others are held against.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Of each request: tokens of the prompt, and of the answer. Prompts end around the edges of the
+# window, of a C128A entry and of a block, so that answers cross them; answers end one after the
+# other, so that a batch shrinks through sizes that graphs are padded for, and requests that wait
+# join it.
+REQUESTS = ((1, 40), (60, 24), (125, 40), (250, 33), (253, 17), (507, 28), (762, 40), (3000, 12))
+# Fewer than the requests: the others join as some end. No power of two: batches of 3 and 5 run in
+# graphs for 4 and 6.
+MAX_NUM_SEQS = 5
+GRAPH_REQUESTS = (1, 2, 4, 6)
+MAX_MODEL_LEN = 3072
+# Less than the longest prompt, so that it is read in chunks; with `chunks` most prompts are.
+MAX_BATCHED_TOKENS = 2048
+FEW_BATCHED_TOKENS = 192
+# Tokens that an answer can have. With so few, a draft of random weights is right now and then.
+LIVELY_TOKENS = 8
+
+FLAGS = {
+    "piecewise": "decode on piecewise CUDA graphs, no full ones",
+    "eager": "no CUDA graphs, no torch.compile",
+    "cache": "a prefix cache; the requests are sent a second time",
+    "chunks": f"at most {FEW_BATCHED_TOKENS} tokens a step",
+    "preempted": "fewer KV blocks than mtp0 used at most, so that requests are preempted",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's name says."""
+
+    mtp: int
+    flags: frozenset[str]
+
+    @classmethod
+    def of(cls, name: str) -> Run:
+        """
+        Raises:
+            ValueError: It is no name of a run; the message says what is allowed.
+        """
+        match = re.fullmatch(r"mtp([0-9])((?:-[a-z]+)*)", name)
+        flags = match[2].split("-")[1:] if match else []
+        unknown = [flag for flag in flags if flag not in FLAGS]
+        if match is None or unknown or len(set(flags)) < len(flags):
+            raise ValueError(
+                f"run: {name!r}, allowed: mtp0 to mtp9, followed by any of -"
+                + ", -".join(FLAGS)
+                + ", each once"
+            )
+        if {"piecewise", "eager"} <= set(flags):
+            raise ValueError(f"run: {name!r}, allowed: piecewise or eager, not both")
+        return cls(int(match[1]), frozenset(flags))
+
+    def environment(self) -> dict[str, str]:
+        """Variables that must be set before vLLM is imported."""
+        graphs = "never" if "piecewise" in self.flags else "always"
+        return {"SM12X_MTP_FULL_GRAPHS": graphs}
+
+    def options(self, folder: Path, memory: float, blocks: int | None = None) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM``.
+
+        Args:
+            blocks: KV blocks that ``mtp0`` used at most; for a run with preemption.
+
+        Raises:
+            ValueError: The run has preemption and ``blocks`` is not given.
+        """
+        compilation: dict[str, Any] = {
+            "cudagraph_capture_sizes": [(1 + self.mtp) * n for n in GRAPH_REQUESTS]
+        }
+        if "piecewise" in self.flags and not self.mtp:
+            compilation["cudagraph_mode"] = "PIECEWISE"
+        options: dict[str, Any] = {
+            "model": str(folder),
+            "skip_tokenizer_init": True,
+            "load_format": "made",
+            "model_loader_extra_config": {"lively_tokens": LIVELY_TOKENS},
+            "kv_cache_dtype": "fp8",
+            "block_size": 256,
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_batched_tokens": (
+                FEW_BATCHED_TOKENS if "chunks" in self.flags else MAX_BATCHED_TOKENS
+            ),
+            "max_num_seqs": MAX_NUM_SEQS,
+            "gpu_memory_utilization": memory,
+            "enable_prefix_caching": "cache" in self.flags,
+            "enforce_eager": "eager" in self.flags,
+            "compilation_config": compilation,
+            "disable_log_stats": False,
+            "seed": 0,
+        }
+        if self.mtp:
+            options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": self.mtp}
+        if "preempted" in self.flags:
+            if blocks is None:
+                raise ValueError("blocks: None, allowed with preemption: what mtp0 used at most")
+            options["num_gpu_blocks_override"] = math.ceil(0.85 * blocks)
+        return options
+
+
+@dataclass
+class Watched:
+    """What happened in an engine after its start."""
+
+    blocks_used: int = 0
+    compiled: Counter = field(default_factory=Counter)
+
+
+def watch(llm: Any) -> Watched:
+    """Watch an engine of this process from now on: its KV blocks, and every kernel it compiles."""
+    from triton import knobs
+
+    watched = Watched()
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    schedule = scheduler.schedule
+
+    def counted(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        # Less the null block, which is never free.
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        watched.blocks_used = max(watched.blocks_used, used)
+        return output
+
+    scheduler.schedule = counted
+    before = knobs.runtime.jit_post_compile_hook
+
+    def compiled(**kwargs):
+        watched.compiled[getattr(kwargs.get("fn"), "name", "unknown")] += 1
+        return before(**kwargs) if before is not None else None
+
+    knobs.runtime.jit_post_compile_hook = compiled
+    return watched
+
+
+def ask(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Greedy answers, as JSON can hold them; an answer's tokens, steps and cached tokens."""
+    from vllm import SamplingParams
+
+    from answers import Answer
+
+    wanted = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=request["answer"],
+            ignore_eos=True,
+            logprobs=LIVELY_TOKENS,
+            detokenize=False,
+        )
+        for request in requests
+    ]
+    prompts = [{"prompt_token_ids": request["prompt"]} for request in requests]
+    found = []
+    for output in llm.generate(prompts, wanted, use_tqdm=False):
+        one = Answer.of(output)
+        steps = [list(step.items()) for step in one.steps]
+        found.append({"tokens": one.tokens, "steps": steps, "cached": output.num_cached_tokens})
+    return found
+
+
+def draw_requests(vocab_size: int) -> list[dict[str, Any]]:
+    import random
+
+    draw = random.Random(20261124)
+    return [
+        {"prompt": [draw.randrange(2, vocab_size) for _ in range(length)], "answer": tokens}
+        for length, tokens in REQUESTS
+    ]
+
+
+def metrics(llm: Any) -> dict[str, int]:
+    """The engine's counters of drafts, accepted tokens and preemptions."""
+    names = {
+        "vllm:spec_decode_num_draft_tokens": "drafted",
+        "vllm:spec_decode_num_accepted_tokens": "accepted",
+        "vllm:num_preemptions": "preemptions",
+    }
+    found = dict.fromkeys(names.values(), 0)
+    for metric in llm.get_metrics():
+        if metric.name in names:
+            found[names[metric.name]] += metric.value
+    return found
+
+
+def run(name: str, folder: Path, memory: float, blocks: int | None) -> dict[str, Any]:
+    """Start the engine of a run, answer the requests, and say what happened.
+
+    ``mtp0`` also answers them in other batches: how far that moves an answer is the noise.
+    """
+    what = Run.of(name)
+    from flash_config import write_config
+
+    write_config(folder)
+    from vllm import LLM
+
+    import made_weights  # noqa: F401  registers the loader
+
+    llm = LLM(**what.options(folder, memory, blocks))
+    requests = draw_requests(llm.llm_engine.model_config.get_vocab_size())
+    watched = watch(llm)
+    answers = {"together": ask(llm, requests)}
+    if name == "mtp0":
+        answers["reversed"] = ask(llm, requests[::-1])[::-1]
+        answers["alone"] = [ask(llm, [request])[0] for request in requests]
+    if "cache" in what.flags:
+        answers["again"] = ask(llm, requests)
+    return {
+        "run": name,
+        "environment": {key: os.environ[key] for key in what.environment()},
+        "blocks_used": watched.blocks_used,
+        "compiled": dict(watched.compiled),
+        **metrics(llm),
+        "answers": answers,
+    }
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    partial.replace(path)
