@@ -14,7 +14,8 @@ import triton.language as tl
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_einsum.config import EinsumConfig, einsum_config
 from vllm_sm12x.ops.fp8_einsum.reference import BLOCK
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
+from vllm_sm12x.ops.interpreter import dot, to_bfloat16
+from vllm_sm12x.ops.launching import capability_of, launch
 
 _BLOCK = tl.constexpr(BLOCK)
 
@@ -153,9 +154,7 @@ def fp8_einsum_bhr_hdr(
     """
     tokens, groups, k = a.shape
     n = out.size(-1)
-    if not a.is_cuda and not INTERPRETED.value:
-        raise ValueError(f"a: device {a.device}, allowed in the Triton einsum kernel: cuda")
-    capability = torch.cuda.get_device_capability(a.device) if a.is_cuda else None
+    capability = capability_of("a", a, "Triton einsum kernel")
     if config is None:
         config = einsum_config(lowering.target_key(capability), tokens)
     if tokens == 0 or groups == 0:
@@ -164,8 +163,9 @@ def fp8_einsum_bhr_hdr(
     b_scale = b_scale if b_scale.dim() == 3 else b_scale.unflatten(0, (groups, n // BLOCK))
     if b_scale.dtype != torch.float32:
         b_scale = b_scale.view(torch.uint8)
-    grid = (groups * triton.cdiv(tokens, config.block_t) * (n // config.block_n),)
-    einsum_kernel[grid](
+    launch(
+        einsum_kernel,
+        (groups * triton.cdiv(tokens, config.block_t) * (n // config.block_n),),
         a,
         a.stride(0),
         a.stride(1),

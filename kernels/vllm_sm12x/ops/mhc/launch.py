@@ -9,7 +9,7 @@ import torch
 import triton
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.interpreter import INTERPRETED
+from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.mhc.config import POST_TABLE, FinishConfig, MixConfig, PostConfig, configs
 from vllm_sm12x.ops.mhc.kernel import finish_kernel, mix_kernel, post_kernel
 
@@ -84,7 +84,9 @@ def mhc_post(
     if tokens == 0:
         return out
     config = config or POST_TABLE[target]
-    post_kernel[(tokens, triton.cdiv(hidden, config.block_h))](
+    launch(
+        post_kernel,
+        (tokens, triton.cdiv(hidden, config.block_h)),
         x.contiguous(),
         residual.contiguous(),
         post_layer_mix.contiguous(),
@@ -196,7 +198,9 @@ def hc_prenorm_gemm(
     products = out if fits else out.new_empty(n_splits, tokens, block_out)
     # The part of each program is here the caller's.
     columns = x.size(1) // n_splits
-    mix_kernel[(triton.cdiv(tokens, config.block_t), n_splits)](
+    launch(
+        mix_kernel,
+        (triton.cdiv(tokens, config.block_t), n_splits),
         None,
         x.contiguous(),
         None,
@@ -236,11 +240,9 @@ def _options(name: str, tensor: torch.Tensor, streams: int | None = STREAMS) -> 
         raise ValueError(
             f"{name}: {tensor.size(-2)} streams, allowed in the Triton kernels: {streams}"
         )
-    if not tensor.is_cuda:
-        if not INTERPRETED.value:
-            raise ValueError(f"{name}: device {tensor.device}, allowed in the Triton kernels: cuda")
+    capability = capability_of(name, tensor, "Triton kernels")
+    if capability is None:
         return {"OVERLAP": False}, lowering.target_key()
-    capability = torch.cuda.get_device_capability(tensor.device)
     overlap = capability >= _OVERLAP_FROM
     options = lowering.launch_options(capability)
     if overlap:
@@ -266,7 +268,9 @@ def _mix(
     if tokens == 0:
         return parts
     x, post, comb, streams = put_back or (None,) * 4
-    mix_kernel[(triton.cdiv(tokens, config.block_t), splits)](
+    launch(
+        mix_kernel,
+        (triton.cdiv(tokens, config.block_t), splits),
         x,
         residual,
         post,
@@ -327,7 +331,9 @@ def _finish(
         return results
     if norm_weight is not None:
         norm_weight = norm_weight.to(torch.bfloat16).contiguous()
-    finish_kernel[(mix_programs + tokens,)](
+    launch(
+        finish_kernel,
+        (mix_programs + tokens,),
         parts,
         scale.contiguous(),
         base.contiguous(),

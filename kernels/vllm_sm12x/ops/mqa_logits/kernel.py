@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot
+from vllm_sm12x.ops.interpreter import dot
+from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.mqa_logits import config
 
 _MOST_TOKENS = tl.constexpr(config.MOST_TOKENS)
@@ -142,9 +143,7 @@ def fp8_mqa_logits(
     """
     tokens, heads, head_dim = q.shape
     keys = k.shape[0]
-    if not q.is_cuda and not INTERPRETED.value:
-        raise ValueError(f"q: device {q.device}, allowed in the Triton logits kernel: cuda")
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    capability = capability_of("q", q, "Triton logits kernel")
     target = lowering.target_key(capability)
     if row is None:
         row = config.row(heads, target)
@@ -158,7 +157,9 @@ def fp8_mqa_logits(
     key_tiles = triton.cdiv(keys, row.block_n)
     tokens_per_program = config.tokens_per_program(tokens, key_tiles, target)
     # Tiles of keys lie next to each other: blocks at work at a time read the same queries.
-    logits_kernel[(key_tiles, triton.cdiv(tokens, tokens_per_program))](
+    launch(
+        logits_kernel,
+        (key_tiles, triton.cdiv(tokens, tokens_per_program)),
         q,
         k,
         k_scale,

@@ -9,6 +9,7 @@ import triton
 
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.interpreter import INTERPRETED
+from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.mxfp4_experts import config
 from vllm_sm12x.ops.mxfp4_experts.config import Product, Row
 from vllm_sm12x.ops.mxfp4_experts.float8 import quantize_kernel
@@ -97,10 +98,7 @@ def mxfp4_experts(
         ValueError: The tensors are on no GPU, rows are not where 16 bytes can be read at once, or
             ``float8`` is not possible for the shape.
     """
-    if not hidden_states.is_cuda and not INTERPRETED.value:
-        raise ValueError(
-            f"hidden_states: device {hidden_states.device}, allowed in the Triton kernels: cuda"
-        )
+    capability = capability_of("hidden_states", hidden_states, "Triton kernels")
     _check_rows(hidden_states=hidden_states, w13=w13, w2=w2)
     w13_scale, w2_scale = w13_scale.view(torch.uint8), w2_scale.view(torch.uint8)
     for name, scale in (("w13_scale", w13_scale), ("w2_scale", w2_scale)):
@@ -110,9 +108,6 @@ def mxfp4_experts(
             )
     if float8:
         _check_float8(hidden_states.size(1), 2 * w2.size(2), (w13_scale, w2_scale))
-    capability = None
-    if hidden_states.is_cuda:
-        capability = torch.cuda.get_device_capability(hidden_states.device)
     num_tokens, top_k = topk_ids.shape
     chunk = token_chunk(num_tokens, top_k, hidden_states.size(1))
     for start in range(0, num_tokens, chunk):
@@ -206,7 +201,9 @@ def _chunk(
     _product(x, w13, activation, row.first, of, True, router_weight, limit)
     _product(_operand(activation, float8, of), w2, result, row.second, of, False)
     total = config.SUM[target]
-    weighted_sum_kernel[(num_tokens * triton.cdiv(hidden_size, total.block),)](
+    launch(
+        weighted_sum_kernel,
+        (num_tokens * triton.cdiv(hidden_size, total.block),),
         result,
         None if on_input else topk_weights,
         of.ids,
@@ -228,7 +225,9 @@ def _chunk(
 def _sorted(of: _Pairs, align: Align) -> _Pairs:
     """The same pairs with the routing."""
     local = torch.empty(of.ids.shape, dtype=torch.int32, device=of.ids.device)
-    local_experts_kernel[(triton.cdiv(of.count, LOCAL_BLOCK),)](
+    launch(
+        local_experts_kernel,
+        (triton.cdiv(of.count, LOCAL_BLOCK),),
         of.ids,
         of.expert_map,
         local,
@@ -250,7 +249,9 @@ def _operand(x: torch.Tensor, float8: bool, of: _Pairs) -> tuple[torch.Tensor, t
     rows, columns = x.shape
     values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    quantize_kernel[(rows,)](
+    launch(
+        quantize_kernel,
+        (rows,),
         x,
         x.stride(0),
         values,
@@ -286,7 +287,9 @@ def _product(
     in_words = _in_words(scale, columns, how.block_k)
     if in_words:
         scale = scale.view(torch.int32)
-    product_kernel[(tiles * triton.cdiv(values.size(1), how.block_n),)](
+    launch(
+        product_kernel,
+        (tiles * triton.cdiv(values.size(1), how.block_n),),
         x,
         x.stride(0),
         x_scale,

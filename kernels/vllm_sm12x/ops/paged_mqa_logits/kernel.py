@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot
+from vllm_sm12x.ops.interpreter import dot
+from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.paged_mqa_logits import config
 from vllm_sm12x.ops.paged_mqa_logits.layout import (
     BLOCK_SIZE,
@@ -173,9 +174,7 @@ def fp8_paged_mqa_logits(
     """
     requests, next_n, heads, _ = q.shape
     rows = requests * next_n
-    if not q.is_cuda and not INTERPRETED.value:
-        raise ValueError(f"q: device {q.device}, allowed in the Triton paged logits kernel: cuda")
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    capability = capability_of("q", q, "Triton paged logits kernel")
     target = lowering.target_key(capability)
     if row is None:
         row = config.row(rows, heads, target)
@@ -192,7 +191,9 @@ def fp8_paged_mqa_logits(
     per_token = context_lens.dim() == 2
     # The stride of a dimension of size 1 means nothing.
     page_bytes = kv_cache.stride(0) if kv_cache.shape[0] > 1 else BLOCK_SIZE * TOKEN_BYTES
-    paged_logits_kernel[(rows * splits,)](
+    launch(
+        paged_logits_kernel,
+        (rows * splits,),
         q,
         kv_cache,
         weights,

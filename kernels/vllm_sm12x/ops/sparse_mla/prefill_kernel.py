@@ -17,6 +17,7 @@ import triton.language as tl
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_ds_mla.layout import HEAD_DIM
 from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
+from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.sparse_mla import prefill_gluon
 from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig, prefill_config
 
@@ -25,7 +26,19 @@ LN_2 = tl.constexpr(math.log(2))
 
 # These change from call to call, or are 1 in one call and not in the next: a kernel for each of
 # their kinds would be compiled while serving.
-_VARIABLE = ["rows", "width", "lens_stride", "sink_stride", "lse_token_stride", "lse_head_stride"]
+_VARIABLE = [
+    "indices_ptr",
+    "lens_ptr",
+    "sink_ptr",
+    "lse_ptr",
+    "rows",
+    "width",
+    "indices_stride",
+    "lens_stride",
+    "sink_stride",
+    "lse_token_stride",
+    "lse_head_stride",
+]
 
 
 @triton.jit(do_not_specialize=_VARIABLE)
@@ -176,9 +189,7 @@ def sparse_mla_prefill(
             rows of ``kv`` are not where the Gluon kernel can copy them.
     """
     tokens, heads, _ = q.shape
-    if not q.is_cuda and not INTERPRETED.value:
-        raise ValueError(f"q: device {q.device}, allowed in the Triton prefill kernel: cuda")
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    capability = capability_of("q", q, "Triton prefill kernel")
     if config is None:
         target = "interpreter" if INTERPRETED.value else lowering.target_key(capability)
         config = prefill_config(target, heads)
@@ -195,7 +206,9 @@ def sparse_mla_prefill(
             )
         kernel = prefill_gluon.prefill_kernel
         flags = {"PARTS": config.parts, "STAGES": config.num_stages}
-    kernel[(tokens * triton.cdiv(heads, config.block_h),)](
+    launch(
+        kernel,
+        (tokens * triton.cdiv(heads, config.block_h),),
         q,
         kv,
         indices,

@@ -1,0 +1,106 @@
+"""Launching, and compiling what would be launched."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from vllm_sm12x.ops.launching import (
+    capability_of,
+    compile_only,
+    launch,
+    one_of_each,
+    stand_in,
+)
+
+
+class Kernel:
+    """Notes what is launched and what is compiled."""
+
+    def __init__(self) -> None:
+        self.launched, self.compiled = [], []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launched.append((grid, arguments, options))
+
+    def warmup(self, *arguments, grid, **options):
+        self.compiled.append((grid, arguments, options))
+        return f"kernel {len(self.compiled)}"
+
+
+def test_a_launch():
+    kernel = Kernel()
+    launch(kernel, (3, 2), "a", 5, num_warps=4)
+    assert kernel.launched == [((3, 2), ("a", 5), {"num_warps": 4})]
+    assert kernel.compiled == []
+
+
+def test_inside_compile_only_nothing_is_launched():
+    kernel = Kernel()
+    with compile_only((12, 0)) as compilation:
+        launch(kernel, (3, 2), "a", 5, num_warps=4)
+        launch(kernel, (1,), "b")
+    assert kernel.launched == []
+    assert kernel.compiled == [((3, 2), ("a", 5), {"num_warps": 4}), ((1,), ("b",), {})]
+    assert compilation.kernels == ["kernel 1", "kernel 2"]
+    launch(kernel, (7,))
+    assert kernel.launched == [((7,), (), {})]
+
+
+def test_an_error_inside_ends_it():
+    kernel = Kernel()
+    with pytest.raises(KeyError), compile_only((12, 0)):
+        raise KeyError
+    launch(kernel, (7,))
+    assert len(kernel.launched) == 1
+
+
+def test_another_thread_still_launches():
+    import threading
+
+    kernel = Kernel()
+    with compile_only((12, 0)):
+        thread = threading.Thread(target=launch, args=(kernel, (1,)))
+        thread.start()
+        thread.join()
+    assert (len(kernel.launched), kernel.compiled) == (1, [])
+
+
+def test_the_capability(monkeypatch):
+    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", Mock(return_value=(9, 0)))
+    assert capability_of("x", on_gpu, "kernel") == (9, 0)
+    torch.cuda.get_device_capability.assert_called_once_with("cuda:1")
+    x = torch.empty(1, device="meta")
+    with compile_only((12, 1)):
+        assert capability_of("x", x, "kernel") == (12, 1)
+    with pytest.raises(ValueError, match="^x: device meta, allowed in the Triton kernel: cuda$"):
+        capability_of("x", x, "Triton kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
+def test_a_stand_in(dtype):
+    storage = torch.zeros(4096, dtype=dtype)
+    assert storage.data_ptr() % 16 == 0
+    for offset in range(17):
+        for tensor in (
+            storage[offset : offset + 5],
+            storage[offset : offset + 600].view(20, 30)[:, 3:9],
+            storage.as_strided((3, 4, 5), (7, 0, 100), offset),
+            storage[offset:offset],
+        ):
+            copy = stand_in(tensor)
+            assert copy.device.type == "meta"
+            assert copy.dtype == dtype
+            assert (copy.shape, copy.stride()) == (tensor.shape, tensor.stride())
+            if tensor.numel():
+                assert copy.data_ptr() % 16 == tensor.data_ptr() % 16
+
+
+def test_one_of_each():
+    assert one_of_each(range(1, 40), lambda n: n // 16) == [1, 16, 32]
+    assert one_of_each(range(1, 5), lambda n: n % 2) == [1, 2]
+    assert one_of_each([], str) == []
