@@ -23,8 +23,11 @@ from vllm_sm12x.ops.mxfp4_experts.bfloat16 import tile_sums
 # a matrix instruction's result is of two rows so far apart.
 _TURN = tl.constexpr(8)
 
-# These change from call to call, or are 1 in one call and not in the next.
-_VARIABLE = ["pairs", "mapped", "experts"]
+# These change from call to call, or are 1 in one call and not in the next; the pointers are of
+# slices that begin at any pair. A kernel for each of their kinds would be compiled while serving.
+_VARIABLE = ["pairs", "mapped", "experts", "ids_ptr", "map_ptr", "router_weight_ptr"]
+_VARIABLE_IN_SUM = ["mapped", "experts", "ids_ptr", "map_ptr", "router_weight_ptr"]
+_VARIABLE_IN_LOOKUP = ["pairs", "mapped", "experts", "ids_ptr", "map_ptr"]
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def _local_experts(ids_ptr, map_ptr, pair, inside, mapped, experts):
     return tl.where((expert >= 0) & (expert < experts), expert, experts).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_VARIABLE)
+@triton.jit(do_not_specialize=_VARIABLE_IN_LOOKUP)
 def local_experts_kernel(ids_ptr, map_ptr, local_ptr, pairs, mapped, experts, BLOCK: tl.constexpr):
     """``local[pair]``, int32 ``[pairs]``: index of its expert in the weights, ``experts`` for none.
 
@@ -249,7 +252,7 @@ def product_kernel(
     tl.store(out_at + output[:, None], result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["mapped", "experts"])
+@triton.jit(do_not_specialize=_VARIABLE_IN_SUM)
 def weighted_sum_kernel(
     result_ptr,
     router_weight_ptr,

@@ -32,14 +32,10 @@ _SIGNATURE = {
 _DIVISIBLE_BY_16 = (
     "q_ptr",
     "kv_ptr",
-    "indices_ptr",
-    "lens_ptr",
-    "sink_ptr",
     "out_ptr",
     "q_token_stride",
     "q_head_stride",
     "kv_stride",
-    "indices_stride",
     "out_token_stride",
     "out_head_stride",
 )
@@ -83,6 +79,6 @@ def _case(heads: int, config: PrefillConfig, lse: bool) -> CompileCase:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         instructions=("HMMA.16816.F32.BF16",),
-        divisible_by_16=(*_DIVISIBLE_BY_16, "lse_ptr") if lse else _DIVISIBLE_BY_16,
+        divisible_by_16=_DIVISIBLE_BY_16,
         configuration=config,
     )

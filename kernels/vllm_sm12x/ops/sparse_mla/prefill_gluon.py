@@ -24,7 +24,19 @@ _LOG2_E = gl.constexpr(math.log2(math.e))
 _LN_2 = gl.constexpr(math.log(2))
 
 # As in the Triton kernel.
-_VARIABLE = ["rows", "width", "lens_stride", "sink_stride", "lse_token_stride", "lse_head_stride"]
+_VARIABLE = [
+    "indices_ptr",
+    "lens_ptr",
+    "sink_ptr",
+    "lse_ptr",
+    "rows",
+    "width",
+    "indices_stride",
+    "lens_stride",
+    "sink_stride",
+    "lse_token_stride",
+    "lse_head_stride",
+]
 
 
 @gluon.jit
