@@ -18,7 +18,7 @@ from tests.rings.parts import NAMES, PARTS, Part
 from tests.rings.report import Result, clock, closing_line, table
 from tests.rings.running import OUTCOMES, Selection
 
-GPU_PARTS = ("kernels", "dispatch", "engine")
+GPU_PARTS = ("kernels", "dispatch", "engine", "serving")
 _GPU = """
 import json, torch
 if torch.cuda.is_available():

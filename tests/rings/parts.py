@@ -43,6 +43,7 @@ PARTS = (
     Part("checkpoint", "wheel", "made checkpoints load, whole, through vLLM's own loader"),
     Part("oracle", "wheel", "an independent implementation reads them; how runs are compared"),
     Part("engine", "wheel", "the tools of the engine's run on a GPU"),
+    Part("serving", "wheel", "vLLM's server answers, refuses, cancels, dies and starts again"),
     Part("gates", "gates", "the validation suite measures what was played, whatever a server does"),
     Part("upstream-suite", "suite", "upstream's CPU tests: none worse than with its own wheel"),
 )
