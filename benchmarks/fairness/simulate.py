@@ -116,13 +116,13 @@ def engine_config(settings: Settings) -> object:
     return config
 
 
-def make_scheduler(settings: Settings) -> object:
-    """vLLM's scheduler; prompts and answers fit into its cache."""
+def make_scheduler(settings: Settings, blocks: int = 200_000) -> object:
+    """vLLM's scheduler; by default, prompts and answers fit into its cache."""
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.structured_output import StructuredOutputManager
 
     config = engine_config(settings)
-    cache = flash_cache.scheduler_config(blocks=200_000)
+    cache = flash_cache.scheduler_config(blocks=blocks)
     config.cache_config.num_gpu_blocks = cache.num_blocks
     return Scheduler(
         vllm_config=config,
@@ -133,11 +133,17 @@ def make_scheduler(settings: Settings) -> object:
     )
 
 
-def simulate(settings: Settings, jobs: list[Job], seed: int = 0) -> list[Timeline]:
-    """Run jobs to their ends, and return what their clients saw, in the order of ``jobs``."""
+def simulate(
+    settings: Settings, jobs: list[Job], seed: int = 0, scheduler: object | None = None
+) -> list[Timeline]:
+    """Run jobs to their ends, and return what their clients saw, in the order of ``jobs``.
+
+    Args:
+        scheduler: What :func:`make_scheduler` gave; None: a new one.
+    """
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
-    scheduler = make_scheduler(settings)
+    scheduler = scheduler or make_scheduler(settings)
     budget = scheduler.max_num_scheduled_tokens
     drawn = random.Random(seed)
     timelines = [Timeline(job) for job in jobs]

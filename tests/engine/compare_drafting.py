@@ -37,7 +37,7 @@ DEFAULT_RUNS = (
     "mtp2-cache",
     "mtp2-chunks",
     "mtp2-preempted",
-    "mtp2-cache-preempted",
+    "mtp2-cache-chunks",
 )
 
 

@@ -1,8 +1,9 @@
 """Whether answers with drafting are those without, as far as the engine's own noise allows.
 
 Another batch alone moves log-probabilities, because kernels then sum in another order. How far it
-moves them on the same build is measured: in the answers of ``mtp0`` together, in reverse order and
-alone. Two answers may part where both tokens were as likely as that noise; nothing else passes.
+moves them on the same build is measured: in the answers of ``mtp0`` to the same requests together,
+in reverse order and alone. Two answers may part where both tokens were as likely as that noise;
+nothing else passes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 from answers import Answer, difference
 
 BASE = "mtp0"
+
+# Batches of `mtp0`: the same requests, in other company.
+_SAME = (("mixed", "reversed"), ("mixed", "alone"), ("growing", "growing alone"))
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,9 @@ def compare(first: Iterable[dict], second: Iterable[dict]) -> Seen:
 
 
 def noise(base: Mapping[str, Any]) -> Noise:
-    """Of the answers of ``mtp0`` in its three batches."""
+    """Of the answers of ``mtp0``."""
     answers = base["answers"]
-    seen = [compare(answers["together"], answers[other]) for other in ("reversed", "alone")]
+    seen = [compare(answers[one], answers[other]) for one, other in _SAME]
     return Noise(max(one.largest_gap for one in seen), max(one.largest_fork for one in seen))
 
 
@@ -96,7 +100,8 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> tuple[Noise, list[dict[str, 
         The noise, a row for each comparison, and all checks.
     """
     allowed = noise(runs[BASE])
-    base = runs[BASE]["answers"]["together"]
+    base = runs[BASE]["answers"]
+    base = {**base, "again": base["mixed"]}
     rows: list[dict[str, Any]] = []
     checks: list[Check] = []
 
@@ -106,13 +111,13 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> tuple[Noise, list[dict[str, 
     for name, result in runs.items():
         add(name, "nothing compiled after the start", *_nothing(result["compiled"]))
         if name == BASE:
-            for other in ("reversed", "alone"):
-                seen = compare(base, result["answers"][other])
-                rows.append({"run": name, "answers_of": other, **_row(seen)})
+            for one, other in _SAME:
+                seen = compare(base[one], base[other])
+                rows.append({"run": name, "batch": other, **_row(seen)})
             continue
         for batch, answers in result["answers"].items():
-            seen = compare(base, answers)
-            rows.append({"run": name, "answers_of": batch, **_row(seen)})
+            seen = compare(base[batch], answers)
+            rows.append({"run": name, "batch": batch, **_row(seen)})
             holds = seen.largest_fork <= allowed.allowed_fork
             holds &= seen.largest_gap <= allowed.allowed_gap
             add(
@@ -129,19 +134,20 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> tuple[Noise, list[dict[str, 
         if "-preempted" in name:
             count = result["preemptions"]
             add(name, "requests were preempted", count > 0, f"{count} times")
-        if "-cache" in name:
+        if "again" in result["answers"]:
             hits = [answer["cached"] or 0 for answer in result["answers"]["again"]]
             add(name, "a repeated prompt hits the cache", max(hits) > 0, f"cached tokens: {hits}")
     for name, result in runs.items():
         full = name.replace("-piecewise", "")
         if name != full and full in runs:
-            seen = compare(runs[full]["answers"]["together"], result["answers"]["together"])
-            add(
-                name,
-                f"exactly the tokens of {full}",
-                seen.forks == 0,
-                f"{seen.identical} of {seen.answers} identical",
-            )
+            for batch, answers in result["answers"].items():
+                seen = compare(runs[full]["answers"][batch], answers)
+                add(
+                    name,
+                    f"exactly the tokens of {full} ({batch})",
+                    seen.forks == 0,
+                    f"{seen.identical} of {seen.answers} identical",
+                )
     return allowed, rows, checks
 
 

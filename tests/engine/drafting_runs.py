@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,19 @@ from typing import Any
 # other, so that a batch shrinks through sizes that graphs are padded for, and requests that wait
 # join it.
 REQUESTS = ((1, 40), (60, 24), (125, 40), (250, 33), (253, 17), (507, 28), (762, 40), (3000, 12))
+# Short prompts and long answers, all at once: what they need of the KV cache grows while they
+# decode. A prompt needs more blocks than the same tokens do once they are decoded, so that among
+# long prompts it is the next one that waits, and none that decodes is preempted.
+GROWING = ((5, 150), (8, 150), (11, 150), (14, 150), (17, 150))
 # Fewer than the requests: the others join as some end. No power of two: batches of 3 and 5 run in
 # graphs for 4 and 6.
 MAX_NUM_SEQS = 5
 GRAPH_REQUESTS = (1, 2, 4, 6)
 MAX_MODEL_LEN = 3072
+# With preemption: a cache must hold one request of this length, and GROWING fits.
+SHORT_MODEL_LEN = 256
+# Of the blocks that GROWING used at most, what a cache with preemption has.
+SCARCE = 0.8
 # Less than the longest prompt, so that it is read in chunks; with `chunks` most prompts are.
 MAX_BATCHED_TOKENS = 2048
 FEW_BATCHED_TOKENS = 192
@@ -36,7 +46,7 @@ FLAGS = {
     "eager": "no CUDA graphs, no torch.compile",
     "cache": "a prefix cache; the requests are sent a second time",
     "chunks": f"at most {FEW_BATCHED_TOKENS} tokens a step",
-    "preempted": "fewer KV blocks than mtp0 used at most, so that requests are preempted",
+    "preempted": "fewer KV blocks than growing answers of mtp0 used, so that some are preempted",
 }
 
 
@@ -75,7 +85,7 @@ class Run:
         """Arguments of ``vllm.LLM``.
 
         Args:
-            blocks: KV blocks that ``mtp0`` used at most; for a run with preemption.
+            blocks: KV blocks that :data:`GROWING` used at most in ``mtp0``; for preemption.
 
         Raises:
             ValueError: The run has preemption and ``blocks`` is not given.
@@ -109,13 +119,14 @@ class Run:
         if "preempted" in self.flags:
             if blocks is None:
                 raise ValueError("blocks: None, allowed with preemption: what mtp0 used at most")
-            options["num_gpu_blocks_override"] = math.ceil(0.85 * blocks)
+            options["num_gpu_blocks_override"] = math.ceil(SCARCE * blocks)
+            options["max_model_len"] = SHORT_MODEL_LEN
         return options
 
 
 @dataclass
 class Watched:
-    """What happened in an engine after its start."""
+    """What happened in an engine after its start; ``blocks_used`` at most, at once."""
 
     blocks_used: int = 0
     compiled: Counter = field(default_factory=Counter)
@@ -173,13 +184,12 @@ def ask(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def draw_requests(vocab_size: int) -> list[dict[str, Any]]:
-    import random
-
+def draw_requests(lengths: Sequence[tuple[int, int]], vocab_size: int) -> list[dict[str, Any]]:
+    """Random prompts, the same each time; lengths of prompts and answers are given."""
     draw = random.Random(20261124)
     return [
         {"prompt": [draw.randrange(2, vocab_size) for _ in range(length)], "answer": tokens}
-        for length, tokens in REQUESTS
+        for length, tokens in lengths
     ]
 
 
@@ -211,18 +221,23 @@ def run(name: str, folder: Path, memory: float, blocks: int | None) -> dict[str,
     import made_weights  # noqa: F401  registers the loader
 
     llm = LLM(**what.options(folder, memory, blocks))
-    requests = draw_requests(llm.llm_engine.model_config.get_vocab_size())
+    vocab_size = llm.llm_engine.model_config.get_vocab_size()
+    mixed, growing = (draw_requests(lengths, vocab_size) for lengths in (REQUESTS, GROWING))
     watched = watch(llm)
-    answers = {"together": ask(llm, requests)}
+    answers = {"growing": ask(llm, growing)}
+    blocks_used = watched.blocks_used
     if name == "mtp0":
-        answers["reversed"] = ask(llm, requests[::-1])[::-1]
-        answers["alone"] = [ask(llm, [request])[0] for request in requests]
-    if "cache" in what.flags:
-        answers["again"] = ask(llm, requests)
+        answers["growing alone"] = [ask(llm, [request])[0] for request in growing]
+        answers["reversed"] = ask(llm, mixed[::-1])[::-1]
+        answers["alone"] = [ask(llm, [request])[0] for request in mixed]
+    if "preempted" not in what.flags:
+        answers["mixed"] = ask(llm, mixed)
+        if "cache" in what.flags:
+            answers["again"] = ask(llm, mixed)
     return {
         "run": name,
         "environment": {key: os.environ[key] for key in what.environment()},
-        "blocks_used": watched.blocks_used,
+        "blocks_used": blocks_used,
         "compiled": dict(watched.compiled),
         **metrics(llm),
         "answers": answers,

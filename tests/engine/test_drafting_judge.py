@@ -32,7 +32,13 @@ def base() -> dict:
     """Another batch moves a log-probability by 0.1, and one answer parts at 0.2."""
     parted = answer({6: -0.6, 5: -0.7}, {8: -2.0})
     return result(
-        {"together": [PLAIN, PLAIN], "reversed": [moved(0.1), PLAIN], "alone": [PLAIN, parted]},
+        {
+            "mixed": [PLAIN, PLAIN],
+            "reversed": [moved(0.1), PLAIN],
+            "alone": [PLAIN, parted],
+            "growing": [PLAIN],
+            "growing alone": [PLAIN],
+        },
         drafted=0,
         accepted=0,
     )
@@ -66,7 +72,7 @@ def test_a_fork_counts_in_both_eyes():
 
 
 def test_the_same_answers_hold():
-    runs = {"mtp0": base(), "mtp2": result({"together": [PLAIN, moved(0.15)]})}
+    runs = {"mtp0": base(), "mtp2": result({"mixed": [PLAIN, moved(0.15)]})}
     assert failing(runs) == []
 
 
@@ -79,16 +85,15 @@ def test_the_same_answers_hold():
     ],
 )
 def test_more_than_the_noise_does_not_hold(second):
-    runs = {"mtp0": base(), "mtp2": result({"together": [PLAIN, second]})}
-    assert failing(runs) == ["mtp2: the answers of mtp0 (together)"]
+    runs = {"mtp0": base(), "mtp2": result({"mixed": [PLAIN, second]})}
+    assert failing(runs) == ["mtp2: the answers of mtp0 (mixed)"]
 
 
 def test_a_fork_within_the_noise_holds_but_is_not_identical():
     parted = answer({6: -0.6, 5: -0.75}, {9: -1.0})
-    together = {"together": [PLAIN, parted]}
-    runs = {"mtp0": base(), "mtp2": result({"together": [PLAIN, PLAIN]})}
-    runs["mtp2-piecewise"] = result(together)
-    assert failing(runs) == ["mtp2-piecewise: exactly the tokens of mtp2"]
+    runs = {"mtp0": base(), "mtp2": result({"mixed": [PLAIN, PLAIN]})}
+    runs["mtp2-piecewise"] = result({"mixed": [PLAIN, parted]})
+    assert failing(runs) == ["mtp2-piecewise: exactly the tokens of mtp2 (mixed)"]
 
 
 @pytest.mark.parametrize(
@@ -100,19 +105,27 @@ def test_a_fork_within_the_noise_holds_but_is_not_identical():
     ],
 )
 def test_a_run_that_shows_nothing_does_not_hold(facts, what):
-    runs = {"mtp0": base(), "mtp1": result({"together": [PLAIN, PLAIN]}, **facts)}
+    runs = {"mtp0": base(), "mtp1": result({"mixed": [PLAIN, PLAIN]}, **facts)}
     assert failing(runs) == [f"mtp1: {what}"]
 
 
 def test_preemption_and_hits_must_have_happened():
-    answers = {"together": [PLAIN, PLAIN], "again": [PLAIN, answer(*({5: -0.5}, {7: -1.0}))]}
-    runs = {"mtp0": base(), "mtp2-cache-preempted": result(answers)}
+    answers = {"mixed": [PLAIN, PLAIN], "again": [PLAIN, answer(*({5: -0.5}, {7: -1.0}))]}
+    runs = {"mtp0": base(), "mtp2-cache": result(answers)}
+    runs["mtp2-preempted"] = result({"growing": [PLAIN]})
     assert failing(runs) == [
-        "mtp2-cache-preempted: requests were preempted",
-        "mtp2-cache-preempted: a repeated prompt hits the cache",
+        "mtp2-cache: a repeated prompt hits the cache",
+        "mtp2-preempted: requests were preempted",
     ]
     answers["again"][1]["cached"] = 256
-    runs["mtp2-cache-preempted"]["preemptions"] = 1
+    runs["mtp2-preempted"]["preemptions"] = 1
+    assert failing(runs) == []
+
+
+def test_growing_answers_have_their_own_base_and_noise():
+    runs = {"mtp0": base(), "mtp2": result({"growing": [moved(0.3)]})}
+    assert failing(runs) == ["mtp2: the answers of mtp0 (growing)"]
+    runs["mtp0"]["answers"]["growing alone"] = [moved(-0.2)]
     assert failing(runs) == []
 
 

@@ -1,6 +1,8 @@
 """What the runs ask of vLLM, and the program around them, with a stand-in for the engine."""
 
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,16 @@ from pathlib import Path
 import pytest
 
 import compare_drafting
-from drafting_runs import MAX_NUM_SEQS, REQUESTS, Run, draw_requests, save
+from drafting_runs import (
+    GROWING,
+    MAX_NUM_SEQS,
+    REQUESTS,
+    SCARCE,
+    SHORT_MODEL_LEN,
+    Run,
+    draw_requests,
+    save,
+)
 from test_drafting_judge import PLAIN, base, result
 
 
@@ -48,7 +59,7 @@ def test_graphs_are_padded_and_requests_join():
 
 def test_preemption_needs_what_mtp0_used():
     run = Run.of("mtp2-preempted")
-    assert run.options(Path("x"), 0.5, blocks=100)["num_gpu_blocks_override"] == 85
+    assert run.options(Path("x"), 0.5, blocks=100)["num_gpu_blocks_override"] == 80
     with pytest.raises(ValueError, match="blocks: None, allowed with preemption"):
         run.options(Path("x"), 0.5)
 
@@ -63,9 +74,62 @@ def test_full_graphs_are_forced_or_forbidden():
 
 
 def test_requests_are_the_same_each_time():
-    first, second = draw_requests(1000), draw_requests(1000)
+    first, second = draw_requests(REQUESTS, 1000), draw_requests(REQUESTS, 1000)
     assert first == second
     assert [len(request["prompt"]) for request in first] == [length for length, _ in REQUESTS]
+
+
+def test_growing_answers_are_preempted_with_the_blocks_that_are_left():
+    """vLLM's own scheduler and KV-cache groups, without a GPU; it wants a platform's process."""
+    blocks = scheduled(None)
+    assert blocks["preemptions"] == 0
+    scarce = math.ceil(SCARCE * blocks["used"])
+    assert scheduled(scarce)["preemptions"] > 0
+    # And the longest request that the engine then allows fits.
+    assert max(sum(lengths) for lengths in GROWING) < SHORT_MODEL_LEN
+    assert scheduled(scarce, jobs=[(SHORT_MODEL_LEN - 4, 4)])["preemptions"] == 0
+
+
+def scheduled(blocks: int | None, jobs=GROWING) -> dict[str, int]:
+    """What the requests use of a KV cache of so many blocks, and how many are preempted."""
+    code = """
+import json, sys
+from benchmarks.fairness import simulate
+from drafting_runs import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
+settings = simulate.Settings(
+    max_num_batched_tokens=MAX_BATCHED_TOKENS, max_num_seqs=MAX_NUM_SEQS
+)
+blocks, jobs = json.loads(sys.argv[1])
+scheduler = simulate.make_scheduler(settings, *([blocks] if blocks else []))
+pool = scheduler.kv_cache_manager.block_pool
+seen = {"used": 0, "preemptions": 0}
+schedule, preempt = scheduler.schedule, scheduler._preempt_request
+def counted():
+    output = schedule()
+    used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    seen["used"] = max(seen["used"], used)
+    return output
+def preempted(*args, **kwargs):
+    seen["preemptions"] += 1
+    return preempt(*args, **kwargs)
+scheduler.schedule, scheduler._preempt_request = counted, preempted
+simulate.simulate(settings, [simulate.Job(0.0, *job) for job in jobs], scheduler=scheduler)
+print(json.dumps(seen))
+"""
+    root = Path(__file__).resolve().parents[2]
+    paths = [root, root / "tests/engine", root / "tests/upstream/platform"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([blocks, jobs])],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture
@@ -91,7 +155,7 @@ def program(monkeypatch, tmp_path, capsys):
     return go
 
 
-GOOD = {"mtp0": base(), "mtp2": result({"together": [PLAIN, PLAIN]})}
+GOOD = {"mtp0": base(), "mtp2": result({"mixed": [PLAIN, PLAIN]})}
 
 
 def test_all_runs_are_made_and_judged(program):
