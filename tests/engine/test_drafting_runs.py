@@ -1,7 +1,6 @@
 """What the runs ask of vLLM, and the program around them, with a stand-in for the engine."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from drafting_runs import (
     GROWING,
     MAX_NUM_SEQS,
     REQUESTS,
-    SCARCE,
     SHORT_MODEL_LEN,
     Run,
     draw_requests,
@@ -80,56 +78,23 @@ def test_requests_are_the_same_each_time():
 
 
 def test_growing_answers_are_preempted_with_the_blocks_that_are_left():
-    """vLLM's own scheduler and KV-cache groups, without a GPU; it wants a platform's process."""
-    blocks = scheduled(None)
-    assert blocks["preemptions"] == 0
-    scarce = math.ceil(SCARCE * blocks["used"])
-    assert scheduled(scarce)["preemptions"] > 0
-    # And the longest request that the engine then allows fits.
-    assert max(sum(lengths) for lengths in GROWING) < SHORT_MODEL_LEN
-    assert scheduled(scarce, jobs=[(SHORT_MODEL_LEN - 4, 4)])["preemptions"] == 0
-
-
-def scheduled(blocks: int | None, jobs=GROWING) -> dict[str, int]:
-    """What the requests use of a KV cache of so many blocks, and how many are preempted."""
-    code = """
-import json, sys
-from benchmarks.fairness import simulate
-from drafting_runs import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
-settings = simulate.Settings(
-    max_num_batched_tokens=MAX_BATCHED_TOKENS, max_num_seqs=MAX_NUM_SEQS
-)
-blocks, jobs = json.loads(sys.argv[1])
-scheduler = simulate.make_scheduler(settings, *([blocks] if blocks else []))
-pool = scheduler.kv_cache_manager.block_pool
-seen = {"used": 0, "preemptions": 0}
-schedule, preempt = scheduler.schedule, scheduler._preempt_request
-def counted():
-    output = schedule()
-    used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    seen["used"] = max(seen["used"], used)
-    return output
-def preempted(*args, **kwargs):
-    seen["preemptions"] += 1
-    return preempt(*args, **kwargs)
-scheduler.schedule, scheduler._preempt_request = counted, preempted
-simulate.simulate(settings, [simulate.Job(0.0, *job) for job in jobs], scheduler=scheduler)
-print(json.dumps(seen))
-"""
     root = Path(__file__).resolve().parents[2]
     paths = [root, root / "tests/engine", root / "tests/upstream/platform"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
-    }
+    before = os.environ.get("PYTHONPATH", "")
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([blocks, jobs])],
+        [sys.executable, str(root / "tests/engine/scheduled_blocks.py")],
         capture_output=True,
         text=True,
         check=False,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), before])},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["plenty"]["preemptions"] == 0
+    assert seen["scarce"]["preemptions"] > 0
+    # The longest request that the engine then allows is answered too.
+    assert max(sum(lengths) for lengths in GROWING) < SHORT_MODEL_LEN
+    assert seen["longest"]["used"] > 0
 
 
 @pytest.fixture
