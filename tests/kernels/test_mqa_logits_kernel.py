@@ -44,12 +44,12 @@ def test_a_shape_without_a_row_is_an_error(target, heads, message):
         config.row(heads, target)
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_120", "sm_121"])
+@pytest.mark.parametrize("multiprocessors", [48, 132, 170, 188])
 @pytest.mark.parametrize("tokens", [1, 15, 512, 4096, 10**6])
 @pytest.mark.parametrize("key_tiles", [1, 64, 256, 8192])
-def test_tokens_of_a_program(tokens, key_tiles, target):
+def test_tokens_of_a_program(tokens, key_tiles, multiprocessors):
     """No more than the kernel looks at, and a grid that CUDA takes."""
-    found = config.tokens_per_program(tokens, key_tiles, target)
+    found = config.tokens_per_program(tokens, key_tiles, multiprocessors)
     assert 1 <= found <= config.MOST_TOKENS
     assert -(-tokens // found) <= 65_535
 

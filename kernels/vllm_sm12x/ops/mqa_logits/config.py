@@ -12,8 +12,6 @@ from dataclasses import dataclass
 MOST_TOKENS = 256
 _LEAST_TOKENS = 16
 
-# sm_120: the RTX PRO 6000 (an RTX 5090 has 170).
-_MULTIPROCESSORS = {"sm_120": 188, "sm_121": 48, "sm_90": 132}
 # Programs a multiprocessor that a call is cut into, so that the last ones leave few of them idle.
 _PROGRAMS = 16
 
@@ -69,7 +67,7 @@ def row(heads: int, target: str) -> Row:
     return rows[heads]
 
 
-def tokens_per_program(tokens: int, key_tiles: int, target: str) -> int:
+def tokens_per_program(tokens: int, key_tiles: int, multiprocessors: int) -> int:
     """Tokens that a program goes through: few where there are few keys to fill the GPU with."""
-    wanted = tokens * key_tiles // (_MULTIPROCESSORS[target] * _PROGRAMS)
+    wanted = tokens * key_tiles // (multiprocessors * _PROGRAMS)
     return max(_LEAST_TOKENS, min(MOST_TOKENS, wanted))

@@ -144,9 +144,8 @@ def fp8_mqa_logits(
     tokens, heads, head_dim = q.shape
     keys = k.shape[0]
     capability = capability_of("q", q, "Triton logits kernel")
-    target = lowering.target_key(capability)
     if row is None:
-        row = config.row(heads, target)
+        row = config.row(heads, lowering.target_key(capability))
     shape = (tokens, keys)
     if clean_logits:
         logits = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
@@ -155,7 +154,7 @@ def fp8_mqa_logits(
     if tokens == 0 or keys == 0:
         return logits
     key_tiles = triton.cdiv(keys, row.block_n)
-    tokens_per_program = config.tokens_per_program(tokens, key_tiles, target)
+    tokens_per_program = config.tokens_per_program(tokens, key_tiles, lowering.multiprocessors())
     # Tiles of keys lie next to each other: blocks at work at a time read the same queries.
     launch(
         logits_kernel,

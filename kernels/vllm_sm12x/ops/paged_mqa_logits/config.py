@@ -13,9 +13,6 @@ HEADS = (32, 64)
 # Upper ends of the classes of rows (query tokens of a call), both ends inclusive.
 ROWS = {"few": 4, "many": 2**31 - 1}
 
-# sm_120: the RTX PRO 6000 (an RTX 5090 has 170).
-MULTIPROCESSORS = {"sm_120": 188, "sm_121": 48, "sm_90": 132}
-
 
 @dataclass(frozen=True)
 class Row:
@@ -75,7 +72,7 @@ def row(rows: int, heads: int, target: str) -> Row:
     return TABLE[target][heads, rows_class]
 
 
-def splits(row: Row, rows: int, tiles: int, target: str) -> int:
+def splits(row: Row, rows: int, tiles: int, multiprocessors: int) -> int:
     """Programs that share the keys of a query token.
 
     As many as are at work at a time, so that all end together where lengths are equal. With so many
@@ -86,8 +83,8 @@ def splits(row: Row, rows: int, tiles: int, target: str) -> int:
         row: What :func:`row` gave.
         rows: Query tokens.
         tiles: Most tiles of keys that a query token can have.
-        target: A key of :data:`TABLE`.
+        multiprocessors: Of the GPU.
     """
-    room = MULTIPROCESSORS[target] * row.programs
+    room = multiprocessors * row.programs
     wanted = room // rows if 8 * rows <= room else -(-2 * room // rows)
     return max(1, min(wanted, tiles))

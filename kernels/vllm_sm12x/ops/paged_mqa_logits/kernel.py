@@ -175,9 +175,8 @@ def fp8_paged_mqa_logits(
     requests, next_n, heads, _ = q.shape
     rows = requests * next_n
     capability = capability_of("q", q, "Triton paged logits kernel")
-    target = lowering.target_key(capability)
     if row is None:
-        row = config.row(rows, heads, target)
+        row = config.row(rows, heads, lowering.target_key(capability))
     shape = (rows, max_model_len)
     if clean_logits:
         logits = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
@@ -187,7 +186,8 @@ def fp8_paged_mqa_logits(
     if rows == 0 or most_keys == 0:
         return logits
     if splits is None:
-        splits = config.splits(row, rows, triton.cdiv(most_keys, BLOCK_SIZE * row.pages), target)
+        tiles = triton.cdiv(most_keys, BLOCK_SIZE * row.pages)
+        splits = config.splits(row, rows, tiles, lowering.multiprocessors())
     per_token = context_lens.dim() == 2
     # The stride of a dimension of size 1 means nothing.
     page_bytes = kv_cache.stride(0) if kv_cache.shape[0] > 1 else BLOCK_SIZE * TOKEN_BYTES
