@@ -35,3 +35,15 @@ def the_reference_unless_a_kernel_is_asked_for(monkeypatch):
     implementation.clear_cache()
     yield
     implementation.clear_cache()
+
+
+@pytest.fixture(params=["native", "sm120"])
+def lowered(request):
+    """Each test once in the GPU's own lowering, and once in that of SM12x."""
+    from vllm_sm12x import lowering
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(lowering.ENV, request.param)
+        lowering.clear_cache()
+        yield request.param
+    lowering.clear_cache()

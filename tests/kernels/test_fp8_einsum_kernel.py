@@ -11,7 +11,6 @@ from einsum_checks import check
 from interpreted_run import run_interpreted
 from test_fp8_einsum import BLOCK, E4M3, draw
 
-from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_einsum import fp8_einsum_bhr_hdr
 from vllm_sm12x.ops.fp8_einsum.config import CHUNK, TABLE, TOKENS, einsum_config
 
@@ -60,14 +59,6 @@ def test_no_gpu_is_an_error():
     with pytest.raises(ValueError, match="a: device cpu, allowed in the Triton einsum kernel"):
         fp8_einsum_bhr_hdr(*arguments, implementation="triton")
     assert arguments[-1].isnan().all()
-
-
-@pytest.fixture(params=["native", "sm120"])
-def lowered(request, monkeypatch):
-    monkeypatch.setenv(lowering.ENV, request.param)
-    lowering.clear_cache()
-    yield request.param
-    lowering.clear_cache()
 
 
 def engine_arguments(num_tokens, groups=8, k=4096, n=1024, seed=0, device="cuda"):

@@ -12,7 +12,6 @@ from mhc_checks import check_fused, check_head, check_post, check_pre, check_pre
 from test_mhc import fused_arguments
 from tolerance import assert_unbiased
 
-from vllm_sm12x import lowering
 from vllm_sm12x.ops import mhc
 from vllm_sm12x.ops.mhc.config import (
     CHUNK,
@@ -100,14 +99,6 @@ def test_no_tokens_on_a_cpu_is_an_error_too():
     call, arguments = calls(fused_arguments(0, 64, seed=0))["fused"]
     with pytest.raises(ValueError, match="residual: device cpu, allowed in the Triton kernels"):
         call(**arguments, **TRITON)
-
-
-@pytest.fixture(params=["native", "sm120"])
-def lowered(request, monkeypatch):
-    monkeypatch.setenv(lowering.ENV, request.param)
-    lowering.clear_cache()
-    yield request.param
-    lowering.clear_cache()
 
 
 def on_gpu(given):

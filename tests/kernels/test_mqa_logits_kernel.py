@@ -90,14 +90,6 @@ def test_the_kernel_takes_no_scratch():
     assert mqa_logits.scratch_bytes(4096, 64, 32_768, implementation="triton") == 0
 
 
-@pytest.fixture(params=["native", "sm120"])
-def lowered(request, monkeypatch):
-    monkeypatch.setenv(lowering.ENV, request.param)
-    lowering.clear_cache()
-    yield request.param
-    lowering.clear_cache()
-
-
 def draw(m: int, n: int, heads: int = 64, *, seed: int = 0, whole: bool = False) -> dict:
     """On the GPU: causal ranges of two requests and empty ones; or whole numbers, see below."""
     generator = torch.Generator("cuda").manual_seed(seed)

@@ -13,7 +13,6 @@ from interpreted_run import run_interpreted
 from mxfp4_float8 import float8_definition, relative_error
 from test_mxfp4_experts import NAMES, compare, draw, real_arguments
 
-from vllm_sm12x import lowering
 from vllm_sm12x.ops.mxfp4_experts import launch, mxfp4_experts
 from vllm_sm12x.ops.mxfp4_experts.config import FLOAT8_TABLE, MOST_PAIRS, SUM, TABLE, row
 from vllm_sm12x.ops.mxfp4_experts.routing import align_block_size
@@ -117,14 +116,6 @@ def test_the_routing_is_vllms_layout(pairs, experts, block, dtype):
     blocks = len(expected_experts)
     assert expert_ids.tolist() == expected_experts + [-1] * (expert_ids.numel() - blocks)
     record(align_block_size, ids, block, experts)
-
-
-@pytest.fixture(params=["native", "sm120"])
-def lowered(request, monkeypatch):
-    monkeypatch.setenv(lowering.ENV, request.param)
-    lowering.clear_cache()
-    yield request.param
-    lowering.clear_cache()
 
 
 @pytest.mark.gpu

@@ -82,14 +82,6 @@ def test_the_kernel_takes_no_scratch():
     assert paged_mqa_logits.scratch_bytes(24, 1, 64, 512, 32_768, implementation="triton") == 0
 
 
-@pytest.fixture(params=["native", "sm120"])
-def lowered(request, monkeypatch):
-    monkeypatch.setenv(lowering.ENV, request.param)
-    lowering.clear_cache()
-    yield request.param
-    lowering.clear_cache()
-
-
 def run(given: dict, clean_logits: bool = True) -> torch.Tensor:
     return paged_mqa_logits.fp8_paged_mqa_logits(
         **given, clean_logits=clean_logits, implementation="triton"

@@ -14,7 +14,6 @@ from capture import copy_of, replay_on_gpu
 from decode_checks import FullDecode, check_tokens
 from interpreted_run import run_interpreted
 
-from vllm_sm12x import lowering
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla import config_decode
 
@@ -133,20 +132,11 @@ def test_the_reference_is_the_default():
     check_tokens(case.q, case.keys(), case.sink, SCALE, case.out, case.lse)
 
 
-@pytest.fixture(params=["native", "sm120"])
-def either_lowering(request, monkeypatch):
-    monkeypatch.setenv(lowering.ENV, request.param)
-    lowering.clear_cache()
-    yield request.param
-    monkeypatch.undo()
-    lowering.clear_cache()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("tokens", [1, 3, 12, 40])
-def test_real_shapes_on_a_gpu(either_lowering, tokens, extra, heads):
+def test_real_shapes_on_a_gpu(lowered, tokens, extra, heads):
     case = FullDecode(tokens, heads, EXTRAS[extra], seed=tokens)
     given = {name: copy_of(value, "cuda") for name, value in case.arguments().items()}
     sparse_mla.sparse_mla_decode(**given, implementation="triton")

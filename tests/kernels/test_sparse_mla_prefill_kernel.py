@@ -13,7 +13,6 @@ from interpreted_run import run_interpreted
 from prefill_checks import attend, check_tokens, named_rows
 from tolerance import assert_unbiased
 
-from vllm_sm12x import lowering
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla.config_prefill import PREFILL_TABLE, prefill_config
 
@@ -107,14 +106,6 @@ def test_tensors_on_no_gpu_are_refused():
     with pytest.raises(ValueError, match="q: device cpu, allowed in the Triton prefill kernel"):
         sparse_mla.sparse_mla_prefill(**given, implementation="triton")
     assert given["out"].isnan().all()
-
-
-@pytest.fixture(params=["native", "sm120"])
-def lowered(request, monkeypatch):
-    monkeypatch.setenv(lowering.ENV, request.param)
-    lowering.clear_cache()
-    yield request.param
-    lowering.clear_cache()
 
 
 @pytest.mark.gpu
