@@ -22,3 +22,15 @@ def test_the_portable_path_answers_requests(mtp, kernels, lowering, tmp_path):
     checks = json.loads(report.read_text())["checks"]
     assert len(checks) == 21
     assert all(row["holds"] for row in checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_drafting_changes_no_answer(tmp_path):
+    command = [sys.executable, str(HERE / "compare_drafting.py"), str(tmp_path)]
+    command += ["--kernels", "all", "--lowering", "sm120"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=7200)
+    assert done.returncode == 0, done.stdout[-6000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["runs"]) == 12
+    assert not report["not_run"]
