@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import sys
 import tempfile
@@ -75,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--python", default=sys.executable, help="the Python that serves (default: this)"
     )
+    p.add_argument(
+        "--profile", type=Path, metavar="FOLDER", help="trace some steps too; the traces go there"
+    )
     p.add_argument("--memory", type=float, default=0.9, help="share of a GPU's memory")
     p.add_argument("--max-num-seqs", type=int, default=8, help="(default: 8)")
     p.add_argument("--commit", help="commit to name in the rows where git cannot tell")
@@ -117,6 +121,19 @@ def variant(args: argparse.Namespace) -> str:
     return name if args.kernels == "none" else f"{name}, {args.lowering}"
 
 
+def _profiler(folder: Path) -> tuple[str, str]:
+    """vLLM's option for the torch profiler, with its traces in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return "--profiler-config", json.dumps(
+        {
+            "profiler": "torch",
+            "torch_profiler_dir": str(folder.absolute()),
+            "torch_profiler_with_stack": False,
+            "ignore_frontend": True,
+        }
+    )
+
+
 async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
     """Start a server, measure, stop it; 0 where everything was measured.
 
@@ -140,7 +157,7 @@ async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
         memory=args.memory,
         prefix_cache=False,
         load_format=model.LOAD_FORMAT,
-        extra=tuple(args.serve),
+        extra=(*(_profiler(args.profile) if args.profile else ()), *args.serve),
     )
     paths = [str(path) for path in (*PLUGINS, ROOT)]
     if os.environ.get("PYTHONPATH"):
@@ -178,7 +195,7 @@ async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
                     compiling_s=sum(part.compiling_s for part in parts),
                     caches_hold=startup.contents(args.caches),
                 )
-                bench = Bench(http, MODEL_NAME, vocabulary, rows, budget, compile_log)
+                bench = Bench(http, MODEL_NAME, vocabulary, rows, budget, compile_log, args.profile)
                 if args.start_only:
                     await bench.first_requests()
                 else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.engine import startup
+from benchmarks.engine import startup, trace
 from benchmarks.engine.rows import Rows
 from gates import client, figures, server
 from gates.answer import Answer
@@ -27,11 +27,17 @@ KEPT = (
 # No token id below this is drawn: specials and bytes.
 FIRST_WORD = 320
 FIRST_PROMPT, FIRST_TOKENS = 256, 16
+# A traced answer, far from its end after the seconds that are traced.
+PROFILE_TOKENS, PROFILE_S = 1024, 0.1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: lengths in tokens. ``random`` is the 8K/1K table: ``requests`` of them."""
+    """What to measure: lengths in tokens.
+
+    ``random`` has the concurrencies of the 8K/1K table, of ``requests`` each; ``profile`` those of
+    the traced decode.
+    """
 
     ttft: tuple[int, ...] = (1024, 8192, 32768, 124_000)
     concurrency: tuple[int, ...] = (1, 4, 8)
@@ -42,6 +48,8 @@ class Plan:
     random_prompt: int = 8192
     random_tokens: int = 1024
     requests: int = 16
+    profile: tuple[int, ...] = (1, 8)
+    profile_prompt: int = 8192
 
 
 @dataclass
@@ -76,9 +84,11 @@ class Bench:
         rows: Rows,
         budget: Budget,
         compile_log: Path,
+        traces: Path | None = None,
     ) -> None:
         self.http, self.model, self.rows, self.budget = http, model, rows, budget
-        self.compile_log = compile_log
+        self.compile_log, self.traces = compile_log, traces
+        self._read: set[Path] = set()
         self.tokens = range(min(FIRST_WORD, vocabulary // 2), vocabulary)
         self.draw = random.Random(20261123)
 
@@ -96,6 +106,10 @@ class Bench:
             await self.time_to_first_token(length, plan.repeats)
         for concurrency in plan.random:
             await self.random(concurrency, plan)
+        if self.traces is not None:
+            for concurrency in plan.profile:
+                await self.profile_decode(concurrency, plan)
+            await self.profile_prefill(plan)
 
     async def first_requests(self) -> None:
         """The first request after the start, and another like it."""
@@ -139,6 +153,67 @@ class Bench:
             },
             lambda: self._queue(plan, concurrency),
         )
+
+    async def profile_decode(self, concurrency: int, plan: Plan) -> None:
+        """Trace steps of running answers: prompts are read when the profiler starts."""
+        reading = concurrency
+        running = asyncio.Event()
+
+        def arrived(answer: Answer) -> None:
+            nonlocal reading
+            if len(answer.chunks) == 2:
+                reading -= 1
+                if not reading:
+                    running.set()
+
+        asked = [
+            asyncio.create_task(self.ask(plan.profile_prompt, PROFILE_TOKENS, arrived))
+            for _ in range(concurrency)
+        ]
+        ended = asyncio.gather(*asked)
+        waiting = asyncio.create_task(running.wait())
+        await asyncio.wait([ended, waiting], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        begun = {"of": "decode", "concurrency": concurrency, "context": plan.profile_prompt}
+        if running.is_set():
+            await self._trace("start")
+            await asyncio.sleep(PROFILE_S)
+            await self._trace("stop")
+        self._profiled(begun, await ended)
+
+    async def profile_prefill(self, plan: Plan) -> None:
+        """Trace the chunks of one prompt."""
+        await self._trace("start")
+        answer = await self.ask(plan.profile_prompt, 1)
+        await self._trace("stop")
+        self._profiled({"of": "prefill", "prompt_tokens": plan.profile_prompt}, [answer])
+
+    async def _trace(self, action: str) -> None:
+        """Start or stop the server's profiler; at the stop it writes its trace."""
+        try:
+            reply = await self.http.post(f"/{action}_profile", timeout=max(1.0, self.budget.left))
+            reply.raise_for_status()
+        except httpx.HTTPError as error:
+            raise Failed(f"the profiler did not {action}: {error}") from error
+
+    def _profiled(self, key: dict[str, Any], answers: Sequence[Answer]) -> None:
+        """A row of the newest trace of rank 0."""
+        assert self.traces is not None
+        if faults := [f"{one.fault}: {one.detail}" for one in answers if one.fault]:
+            if self.budget.left <= 0:
+                raise OutOfTime(f"profile of {key['of']}")
+            raise Failed(f"profile of {key['of']}: {faults[0]}")
+        found = [path for path in self.traces.glob("*.json*") if path not in self._read]
+        # Ranks trace alike.
+        found = sorted(path for path in found if "_rank" not in path.name or "_rank0." in path.name)
+        if not found:
+            raise Failed(f"the profiler left no trace of {key['of']} in {self.traces}")
+        self._read.update(found)
+        try:
+            seen = trace.profile(trace.load(found[0]))
+        except ValueError as error:
+            raise Failed(f"profile of {key['of']}: {error}") from error
+        self.rows.add("profile", **key, **seen.record())
 
     async def _queue(self, plan: Plan, concurrency: int) -> list[Answer]:
         waiting = list(range(plan.requests))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.checkpoint.tokenizer import write_tokenizer
 from tests.engine.flash_config import COMPRESS_RATIOS, flash_config
@@ -31,12 +32,22 @@ def compress_ratios(layers: int) -> tuple[int, ...]:
     return PUBLISHED if layers == most else (0, *((4, 128) * most))[:layers]
 
 
+def config(layers: int) -> dict[str, Any]:
+    """``config.json`` of the model.
+
+    Raises:
+        ValueError: As :func:`compress_ratios`.
+    """
+    made = flash_config(compress_ratios(layers))
+    if layers == len(PUBLISHED):
+        made["num_hash_layers"] = PUBLISHED_HASH_LAYERS
+    return made
+
+
 def write_model(folder: Path, layers: int) -> int:
     """Write ``config.json`` and the tokenizer into a folder, and return the vocabulary's size."""
-    config = flash_config(compress_ratios(layers))
-    if layers == len(PUBLISHED):
-        config["num_hash_layers"] = PUBLISHED_HASH_LAYERS
+    made = config(layers)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(folder, config)
-    return int(config["vocab_size"])
+    (folder / "config.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer(folder, made)
+    return int(made["vocab_size"])

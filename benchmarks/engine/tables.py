@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from benchmarks.engine import model, work
 from benchmarks.engine.rows import Row
 from stack.errors import StackError
 
@@ -12,6 +13,11 @@ BASE = "native"
 # Portable over native, at most; and the first request after a start over the second.
 AIMS = {"decode": 1.1, "ttft": 2.0, "cold start": 0.25, "first request": 1.2}
 MISSING = "–"
+# Of how many operations the gain at the roof is said.
+LARGEST = 3
+# Measured on the machine: GB/s of a copy, TFLOP/s of a bf16 matrix product. FP8 has twice that.
+MACHINES = {"H200": (4300.0, 790.0)}
+IN_FP8 = ("mqa_logits", "paged_mqa_logits", "fp8_einsum", "fp8_linear", "mxfp4_experts")
 Key = tuple[Any, ...]
 
 
@@ -69,6 +75,7 @@ def report(rows: Sequence[Row]) -> str:
             AIMS["decode"],
         ),
         _random(rows, variants),
+        *_profiles(rows, variants),
         _troubles(rows),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -252,6 +259,66 @@ def _random(rows: Sequence[Row], variants: Sequence[str]) -> str:
         f"Random {some['prompt_tokens']:,}/{some['max_tokens']:,}, temperature "
         f"{some['temperature']:g}, {some['requests']} requests\n\n{table(head, lines)}"
     )
+
+
+def _profiles(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
+    """Where a step's time goes, by operation, and what the largest would gain at their roof."""
+    parts = []
+    cells = {
+        (row["variant"], row["of"], row.get("concurrency", 0)): row
+        for row in rows
+        if row["kind"] == "profile"
+    }
+    for one, of, concurrency in sorted(cells, key=lambda key: (key[1:], variants.index(key[0]))):
+        row = cells[(one, of, concurrency)]
+        roofs = _roofs(row)
+        lines = []
+        for place, share in enumerate(row["shares"]):
+            roof = roofs.get(share["operation"])
+            gain = MISSING
+            if roof is not None and place < LARGEST:
+                gain = f"{max(0.0, share['us'] - roof) / row['busy_us']:.0%}"
+            lines.append(
+                [
+                    share["operation"],
+                    number(share["us"]),
+                    f"{share['share']:.1%}",
+                    number(share["launches"]),
+                    number(roof),
+                    gain,
+                    ", ".join(share["kernels"][:2]),
+                ]
+            )
+        what = (
+            f"a decode step at concurrency {concurrency}, {row['context']:,} tokens behind each"
+            if of == "decode"
+            else f"a chunk of a prompt of {row['prompt_tokens']:,} tokens"
+        )
+        head = ["operation", "µs", "share", "launches", "at the roof, µs", "gain of the step"]
+        parts.append(
+            f"{one}: {what}. {row['steps']} steps; of each {number(row['span_us'])} µs a kernel "
+            f"ran in {number(row['busy_us'])} µs.\n\n{table([*head, 'kernels'], lines)}"
+        )
+    return parts
+
+
+def _roofs(row: Row) -> dict[str, float]:
+    """Microseconds of each operation at the roof of the row's machine, where that is known."""
+    known = next((rates for name, rates in MACHINES.items() if name in row["machine"]), None)
+    if known is None:
+        return {}
+    config, mtp, tp = model.config(row["layers"]), row["mtp"], row["tp"]
+    if row["of"] == "decode":
+        needed = work.decode(config, row["concurrency"], row["context"], mtp, tp)
+    else:
+        # The mean chunk of the prompt.
+        tokens = row["prompt_tokens"] // row["steps"]
+        needed = work.prefill(config, tokens, (row["prompt_tokens"] - tokens) // 2, mtp, tp)
+    copy_gbps, matmul_tflops = known
+    return {
+        name: one.us(copy_gbps, matmul_tflops * (2 if name in IN_FP8 else 1))
+        for name, one in needed.items()
+    }
 
 
 def _troubles(rows: Sequence[Row]) -> str:
