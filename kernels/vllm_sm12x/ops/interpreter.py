@@ -1,8 +1,9 @@
 """What Triton's interpreter (``TRITON_INTERPRET=1``) does wrong, worked around in one place.
 
-Two things of Triton 3.6.0. ``tl.dot`` of bfloat16 operands gives garbage. A conversion from float32
-to bfloat16 cuts the low bits off, where the compiled one rounds to nearest even, and makes other
-numbers of subnormal ones. Kernels call :func:`dot` and :func:`to_bfloat16` instead.
+Three things of Triton 3.6.0. ``tl.dot`` of bfloat16 operands gives garbage. A conversion from
+float32 to bfloat16 cuts the low bits off, where the compiled one rounds to nearest even, and makes
+other numbers of subnormal ones. One to e4m3 loses the carry into the exponent. Kernels call
+:func:`dot`, :func:`to_bfloat16` and :func:`to_e4m3` instead.
 """
 
 from __future__ import annotations
@@ -50,3 +51,23 @@ def to_bfloat16(x):
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(tl.bfloat16)
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 ``x`` of at most 448 rounded to e4m3, to nearest even.
+
+    Compiled, it is ``x.to(tl.float8e4nv)`` and nothing else. The interpreter gets numbers that need
+    no rounding.
+    """
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        normal = (bits + 0x7_FFFF + ((bits >> 20) & 1)) & -0x10_0000
+        # Subnormal numbers are multiples of 2**-9, the last place of floats about 1.5 * 2**14.
+        subnormal = (x + 24576.0) - 24576.0
+        rounded = tl.where(tl.abs(x) < 0.015625, subnormal, normal.to(tl.float32, bitcast=True))
+        # NaN of e4m3 has all three bits of the fraction, and these need no rounding.
+        nan = ((bits & -0x10_0000) | 0x70_0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, nan).to(tl.float8e4nv)
+    else:
+        return x.to(tl.float8e4nv)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot
+from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_e4m3
 
 # Four packed bytes ($2) become the e4m3 values of their low nibbles ($0) and of their high ones
 # ($1), times a power of two: each byte of $3 is 8 times its exponent, from 0 on, or has the highest
@@ -62,24 +62,6 @@ def _interpreted_value(nibble, eights):
     factor = ((eights // 8 - 5 + 127) << 23).to(tl.float32, bitcast=True)
     value = tl.where(eights < 128, value * factor, 0.0)
     return (value * tl.where((nibble & 8) != 0, -1.0, 1.0)).to(tl.float8e4nv)
-
-
-@triton.jit
-def _to_e4m3(x):
-    """float32 of at most 448 rounded to e4m3, to nearest even.
-
-    The interpreter's own conversion loses the carry into the exponent, so that it gets numbers that
-    need no rounding.
-    """
-    if INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        normal = (bits + 0x7_FFFF + ((bits >> 20) & 1)) & -0x10_0000
-        # Subnormal numbers are multiples of 2**-9, the last place of floats about 1.5 * 2**14.
-        subnormal = (x + 24576.0) - 24576.0
-        rounded = tl.where(tl.abs(x) < 0.015625, subnormal, normal.to(tl.float32, bitcast=True))
-        return tl.where(x == x, rounded, x).to(tl.float8e4nv)
-    else:
-        return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -153,7 +135,7 @@ def quantize_kernel(
     exponent = (largest >> 23) - 127 - 8 + tl.where((largest & 0x7F_FFFF) > 0x60_0000, 1, 0)
     finite = largest < 0x7F80_0000
     exponent = tl.where(finite, tl.maximum(exponent, -120), 0)
-    values = _to_e4m3(x * ((127 - exponent) << 23).to(tl.float32, bitcast=True))
+    values = to_e4m3(x * ((127 - exponent) << 23).to(tl.float32, bitcast=True))
     turns = tl.permute(tl.reshape(values, [BLOCK // 128, 64, 2]), [0, 2, 1])
     tl.store(out_ptr + row * COLUMNS + column, tl.reshape(turns, [BLOCK]), mask=inside)
     scale = tl.where(finite, (exponent + 127) << 23, 0x7FC0_0000).to(tl.float32, bitcast=True)
