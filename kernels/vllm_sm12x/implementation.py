@@ -4,6 +4,9 @@ On a CPU the reference runs. On a GPU the kernel runs once it has been shown rig
 operations in :data:`SHOWN`. The environment variable ``SM12X_KERNELS`` says otherwise, to try a
 kernel or to find out whether one is at fault. Nothing falls back by itself: a shape without a
 kernel is an error.
+
+``cutedsl`` is another case: without our kernel, which is for the compressor of C128A alone, vLLM's
+Triton kernel runs.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ OPERATIONS = (
     "fp8_einsum",
     "mhc",
     "mxfp4_experts",
+    "cutedsl",
 )
 
 # Those whose kernels have passed their tests against the reference on a GPU.
