@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
+from collections.abc import Callable
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+
+from vllm_sm12x.ops.compressor import compress_to_cache
 
 NVIDIA_OPS = "vllm.models.deepseek_v4.nvidia.ops"
 
@@ -30,7 +34,9 @@ def stub_module(monkeypatch: pytest.MonkeyPatch, name: str, *functions: str) -> 
     return module
 
 
-def run_compressor(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> dict[str, object]:
+def run_compressor(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, ratio: int = 4
+) -> dict[str, object]:
     """The real ``forward`` of a compressor layer; returns what its last kernel must be given."""
     from vllm.models.deepseek_v4 import compressor as module
 
@@ -48,7 +54,8 @@ def run_compressor(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> dict[str, 
     )
     layer = object.__new__(module.DeepseekCompressor)
     torch.nn.Module.__init__(layer)
-    layer.compress_ratio, layer.overlap, layer.coff = 4, True, 2
+    overlap = ratio == 4
+    layer.compress_ratio, layer.overlap, layer.coff = ratio, overlap, 1 + overlap
     layer.head_dim, layer.rope_head_dim, layer.use_fp4_cache = head_dim, 64, False
     layer.ape = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     layer.norm = SimpleNamespace(weight=object())
@@ -58,7 +65,7 @@ def run_compressor(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> dict[str, 
     layer._static_forward_context = {"c.keys": SimpleNamespace(kv_cache=key_cache)}
     layer.state_cache = SimpleNamespace(prefix="c.state", kv_cache=torch.zeros(2, 4, 32))
     positions, rotary = object(), SimpleNamespace(cos_sin_cache=object())
-    layer.forward(torch.zeros(3, 2 * 2 * head_dim), positions, rotary)
+    layer.forward(torch.zeros(3, 2 * layer.coff * head_dim), positions, rotary)
     return {
         "state_cache": layer.state_cache.kv_cache,
         "num_actual": 3,
@@ -74,8 +81,8 @@ def run_compressor(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> dict[str, 
         "pdl_kwargs": {"launch_pdl": False},
         "head_dim": head_dim,
         "rope_head_dim": 64,
-        "compress_ratio": 4,
-        "overlap": True,
+        "compress_ratio": ratio,
+        "overlap": overlap,
         "use_fp4_cache": False,
         "rms_norm_weight": layer.norm.weight,
         "rms_norm_eps": 1e-6,
@@ -85,21 +92,127 @@ def run_compressor(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> dict[str, 
     }
 
 
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Set ``SM12X_KERNELS``."""
+    from vllm_sm12x import implementation
+
+    def choose_kernels(value: str) -> None:
+        monkeypatch.setenv("SM12X_KERNELS", value)
+        implementation.clear_cache()
+
+    yield choose_kernels
+    implementation.clear_cache()
+
+
 @pytest.mark.operation("cutedsl")
-@pytest.mark.parametrize("head_dim", [512, 128])
-def test_the_compressor(portable, head_dim, monkeypatch):
+@pytest.mark.parametrize("setting", ["auto", "none", "all", "cutedsl", "mhc"])
+@pytest.mark.parametrize(("head_dim", "ratio"), [(512, 4), (512, 128), (128, 4)])
+def test_the_compressor(portable, head_dim, ratio, setting, kernels, monkeypatch):
     from vllm.models.deepseek_v4 import compressor
 
+    kernels(setting)
     cute = stub_module(
         monkeypatch, "sparse_attn_compress_cutedsl", "compress_norm_rope_store_cutedsl"
     ).compress_norm_rope_store_cutedsl
-    triton = Mock()
+    triton, ours = Mock(name="Triton"), Mock(name="ours")
     monkeypatch.setattr(compressor, "compress_norm_rope_store_triton", triton)
-    arguments = run_compressor(monkeypatch, head_dim)
+    monkeypatch.setattr(compressor.sm12x_compressor, "compress_norm_rope_store", ours)
+    arguments = run_compressor(monkeypatch, head_dim, ratio)
     # Upstream: CuTeDSL for the keys (512), Triton for the indexer (128).
-    taken, left = (triton, cute) if portable or head_dim == 128 else (cute, triton)
+    taken = triton
+    if head_dim == 512 and not portable:
+        taken = cute
+    elif head_dim == 512 and ratio == 128 and setting in ("all", "cutedsl"):
+        taken = ours
     taken.assert_called_once_with(**arguments)
-    left.assert_not_called()
+    assert sum(kernel.called for kernel in (cute, triton, ours)) == 1
+
+
+def compressor_arguments(**changes: object) -> dict[str, object]:
+    """What vLLM's compressor gives for C128A's keys, five tokens."""
+    return {
+        "state_cache": torch.zeros(3, 8, 1024),
+        "num_actual": 5,
+        "token_to_req_indices": torch.zeros(9, dtype=torch.int32),
+        "positions": torch.zeros(9, dtype=torch.int64),
+        "slot_mapping": torch.zeros(9, dtype=torch.int64),
+        "block_table": torch.zeros(1, 4, dtype=torch.int32),
+        "block_size": 8,
+        "state_width": 512,
+        "cos_sin_cache": torch.zeros(16, 64),
+        "kv_cache": torch.zeros(3, 2, 584, dtype=torch.uint8),
+        "k_cache_metadata": SimpleNamespace(slot_mapping=torch.zeros(5, dtype=torch.int64)),
+        "pdl_kwargs": {"launch_pdl": False},
+        "head_dim": 512,
+        "rope_head_dim": 64,
+        "compress_ratio": 128,
+        "overlap": False,
+        "use_fp4_cache": False,
+        "rms_norm_weight": torch.zeros(512).bfloat16(),
+        "rms_norm_eps": 1e-6,
+        "quant_block": 64,
+        "token_stride": 576,
+        "scale_dim": 8,
+        **changes,
+    }
+
+
+def test_our_compressor_is_given_what_vllms_would_be(cuda, monkeypatch):
+    from vllm_sm12x.adapters import compressor
+
+    called = Mock()
+    monkeypatch.setattr(compressor, "compress_to_cache", called)
+    given = compressor_arguments()
+    assert compressor.compress_norm_rope_store(**given) is None
+    found = inspect.signature(compress_to_cache).bind(*called.call_args.args).arguments
+    assert called.call_args.kwargs == {"implementation": "triton"}
+    names = {
+        "state_cache": "state_cache",
+        "token_to_request": "token_to_req_indices",
+        "positions": "positions",
+        "block_table": "block_table",
+        "norm_weight": "rms_norm_weight",
+        "eps": "rms_norm_eps",
+        "cos_sin_cache": "cos_sin_cache",
+        "cache": "kv_cache",
+        "compress_ratio": "compress_ratio",
+        "overlap": "overlap",
+    }
+    for ours, theirs in names.items():
+        assert found.pop(ours) is given[theirs], ours
+    assert found.pop("slots") is given["k_cache_metadata"].slot_mapping
+    assert found.pop("state_slots").shape == (5,)
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("head_dim", 128, 512),
+        ("rope_head_dim", 32, 64),
+        ("use_fp4_cache", True, False),
+        ("quant_block", 128, 64),
+        ("token_stride", 640, 576),
+        ("scale_dim", 7, 8),
+        ("block_size", 4, 8),
+        ("state_width", 1024, 512),
+    ],
+)
+def test_another_layout_is_an_error(cuda, name, value, allowed):
+    from vllm_sm12x.adapters import compressor
+
+    message = f"{name}: {value}, allowed in the portable compressor: {allowed}"
+    with pytest.raises(ValueError, match=message):
+        compressor.compress_norm_rope_store(**compressor_arguments(**{name: value}))
+
+
+def test_our_compressor_takes_vllms_tensors(cuda):
+    """All checks pass; what is missing is the GPU."""
+    from vllm_sm12x.adapters import compressor
+
+    with pytest.raises(ValueError, match="device cpu, allowed in the Triton compressor: cuda"):
+        compressor.compress_norm_rope_store(**compressor_arguments())
 
 
 @pytest.mark.operation("cutedsl")
