@@ -32,20 +32,26 @@ class Work:
         return max(self.nbytes / copy_gbps / 1e3, self.flops / matmul_tflops / 1e6)
 
 
-def layers(config: Mapping[str, Any], mtp: int) -> Iterator[int]:
-    """The compression ratio of each layer that a step passes; the draft layer once a draft."""
+def passes(config: Mapping[str, Any], requests: int, mtp: int) -> Iterator[tuple[int, int]]:
+    """The compression ratio of each layer that a decode step passes, and the rows that pass it.
+
+    The model and the first draft see a request's last token and its drafts; the drafts after that
+    see one token each.
+    """
     ratios = config["compress_ratios"]
-    yield from ratios[: config["num_hidden_layers"]]
-    yield from [ratios[-1]] * mtp
+    rows = requests * (1 + mtp)
+    for ratio in ratios[: config["num_hidden_layers"]]:
+        yield ratio, rows
+    for draft in range(mtp):
+        yield ratios[-1], requests if draft else rows
 
 
 def decode(
     config: Mapping[str, Any], requests: int, context: int, mtp: int, tp: int = 1
 ) -> dict[str, Work]:
     """A decode step: ``requests`` rows and their drafts, each with ``context`` tokens behind it."""
-    rows = requests * (1 + mtp)
     total: dict[str, Work] = {}
-    for ratio in layers(config, mtp):
+    for ratio, rows in passes(config, requests, mtp):
         keys = _keys(config, ratio, context)
         _add(total, _weights(config, ratio, rows, tp))
         _add(total, {"sparse_mla_decode": _attention(config, rows * keys, tp)})
@@ -55,8 +61,8 @@ def decode(
             nbytes = requests * (context // 4) * INDEX_KEY_BYTES
             _add(total, {"paged_mqa_logits": Work(index, nbytes)})
     head = config["vocab_size"] * config["hidden_size"] / tp
-    for _ in range(1 + mtp):
-        _add(total, {"other matrix products": Work(2 * head * rows, 2 * head)})
+    for sampled in (requests * (1 + mtp), *[requests] * mtp):
+        _add(total, {"other matrix products": Work(2 * head * sampled, 2 * head)})
     return total
 
 
@@ -66,7 +72,8 @@ def prefill(
     """A chunk of ``tokens`` of one prompt with ``behind`` tokens before it."""
     total: dict[str, Work] = {}
     middle = behind + tokens // 2
-    for ratio in layers(config, min(mtp, 1)):
+    # The first draft reads the chunk too; those after it see one token.
+    for ratio, _ in passes(config, 1, min(mtp, 1)):
         _add(total, _weights(config, ratio, tokens, tp))
         keys = tokens * _keys(config, ratio, middle)
         # Keys are gathered once; neighbours share them.

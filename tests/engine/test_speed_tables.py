@@ -91,8 +91,9 @@ def test_a_cold_start_has_its_aim_and_its_stages():
     found = tables.report([start("native", 400.0), start(PORTABLE, 90.0)])
     assert "| portable, sm120 | 90 | 0.23 | 2 | 1.5 | triton 4 |" in lines(found)
     assert "| weights | 400 (2) | 90 (2) |" in lines(found)
-    slow = tables.report([start("native", 300.0), start(PORTABLE, 90.0)])
-    assert "| portable, sm120 | 90 | 0.30 (missed) | 2 | 1.5 | triton 4 |" in lines(slow)
+    slow = tables.report([start("native", 300.0), start(PORTABLE, 90.5)])
+    assert "| portable, sm120 | 90.5 (missed) | 0.30 (missed) | 2 | 1.5 | triton 4 |" in lines(slow)
+    assert "| native | 300 | – |" in slow
 
 
 def test_a_warm_start_is_a_table_of_its_own_without_an_aim():
