@@ -34,21 +34,21 @@ PADDED_HEADS = (8, 16, 32, 64, 128)
 _INDEX_ALIGNMENT = 128
 
 
-def _padded_width(keys: int) -> int:
+def padded_width(keys: int) -> int:
     return -(-keys // _INDEX_ALIGNMENT) * _INDEX_ALIGNMENT
 
 
-def _most_compressed_keys(layer: DeepseekV4MLAAttention) -> int:
+def most_compressed_keys(layer: DeepseekV4MLAAttention) -> int:
     """The width of a compressed layer's index tensor; 0 for a window-only layer."""
     if layer.compress_ratio <= 1:
         return 0
     if layer.compress_ratio == 4:
         return layer.topk_indices_buffer.shape[-1]
-    return _padded_width(-(-layer.max_model_len // layer.compress_ratio))
+    return padded_width(-(-layer.max_model_len // layer.compress_ratio))
 
 
 def _attention_scratch_bytes(layer: DeepseekV4MLAAttention, q: torch.Tensor) -> int:
-    keys = _padded_width(layer.window_size + _most_compressed_keys(layer))
+    keys = padded_width(layer.window_size + most_compressed_keys(layer))
     return max(
         # Of up to so many tokens: a small batch, split over many programs, can need the most.
         sparse_mla.decode_scratch_bytes(*q.shape[:2], keys),

@@ -44,8 +44,8 @@ class Loaded:
 POSITIONS = (0, 1, 127, 4095, 100_000)
 
 
-def fake_platform() -> None:
-    """Make vLLM believe in a Hopper GPU, before any of its modules asks."""
+def fake_platform(capability: tuple[int, int] = (9, 0)) -> None:
+    """Make vLLM believe in a GPU, by default Hopper, before any of its modules asks."""
     for name in ("vllm._C", "vllm._C_stable_libtorch"):
         try:
             importlib.import_module(name)
@@ -55,13 +55,13 @@ def fake_platform() -> None:
     from vllm.platforms.cuda import CudaPlatformBase
     from vllm.platforms.interface import DeviceCapability
 
-    class FakeHopper(CudaPlatformBase):
+    class FakeGpu(CudaPlatformBase):
         # Parameters are made on the CPU; all else is as on CUDA.
         device_type = "cpu"
 
         @classmethod
         def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-            return DeviceCapability(9, 0)
+            return DeviceCapability(*capability)
 
         @classmethod
         def get_device_name(cls, device_id: int = 0) -> str:
@@ -75,7 +75,7 @@ def fake_platform() -> None:
         def is_fully_connected(cls, physical_device_ids: list[int]) -> bool:
             return False
 
-    vllm.platforms._current_platform = FakeHopper()
+    vllm.platforms._current_platform = FakeGpu()
     vllm.platforms.current_platform = vllm.platforms._current_platform
 
     # Attention modules bind these names while they are imported, and call none of them here.

@@ -1,0 +1,346 @@
+"""Compiles what a request can make DeepSeek V4 launch, before the first request comes.
+
+Our kernels take their launch parameters from tables, by the shape and the number of tokens of a
+call, and each row is another compilation. vLLM's own runs before serving reach some rows. Here the
+model says which shapes its layers have, and each operation compiles all rows that these can take.
+Nothing of that is launched, and it takes no memory of the GPU but for the machine code.
+
+Upstream's Triton kernels around them have one form each, which a run of a small batch reaches, but
+for one that is compiled for every power of two of requests.
+
+Inert where no operation is on the portable path, and for other models.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
+
+from vllm_sm12x.dispatch import portable_operations
+from vllm_sm12x.implementation import kernel_operations
+
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
+    from vllm.v1.worker.gpu_worker import Worker
+
+# Compilations beside each other. A part of each holds Python's lock, so that more gain little.
+MOST_THREADS = 8
+
+# Half of them decode, the others are a prompt: more than a draft's tokens.
+MIXED_TOKENS = 16
+
+# vLLM's handlers stand on the logger "vllm", which "vllm_sm12x" does not belong to.
+logger = init_logger("vllm.sm12x.warm_up")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine bounds a step by.
+
+    Attributes:
+        tokens: Of a step.
+        decode_tokens: Of a step's decoding requests, with padding.
+        expert_tokens: That a layer's experts see: those of all data-parallel ranks.
+    """
+
+    tokens: int
+    decode_tokens: int
+    expert_tokens: int
+
+
+@dataclass
+class Calls:
+    """Warm-up functions with their arguments; of calls that compile the same, one."""
+
+    operations: frozenset[str]
+    capability: tuple[int, int]
+    by_key: dict[tuple[object, ...], Callable[[], None]] = field(default_factory=dict)
+
+    def add(self, operation: str, function: Callable[..., None], *arguments: object) -> None:
+        """Add a call, unless the operation runs no kernel of ours here."""
+        if operation in self.operations:
+            self.add_always(function, *arguments)
+
+    def add_always(self, function: Callable[..., None], *arguments: object) -> None:
+        """Add a call."""
+        key = (function, *map(_describe, arguments))
+        self.by_key.setdefault(key, lambda: function(*arguments))
+
+
+def warm_up_kernels(worker: Worker) -> None:
+    """Compile and load the kernels; one line in the log says how many, and in what time.
+
+    Args:
+        worker: A GPU worker whose model is loaded and whose KV cache is there.
+    """
+    if not _applies(worker):
+        return
+    start = time.perf_counter()
+    operations = portable_operations() & kernel_operations()
+    kernels = compile_kernels(calls_of(worker, operations, torch.cuda.get_device_capability()))
+    load(kernels)
+    logger.info(
+        "Compiled and loaded %d Triton kernels in %.1f s, of %s",
+        len(kernels),
+        time.perf_counter() - start,
+        ", ".join(sorted(operations)) or "no operation of vllm_sm12x",
+    )
+
+
+def warm_up_mixed_batch(worker: Worker) -> None:
+    """Run a batch of requests that decode and one that is read, with attention, once.
+
+    With eager execution or piecewise graphs, nothing before serving runs attention, and nothing
+    ever reads a prompt. The run writes nothing to the KV cache.
+
+    Args:
+        worker: As of :func:`warm_up_kernels`.
+    """
+    if not _applies(worker) or getattr(worker, "use_v2_model_runner", False):
+        return  # the second runner warms itself up by whole steps
+    tokens = min(
+        MIXED_TOKENS,
+        worker.scheduler_config.max_num_batched_tokens,
+        # The batch's prompt has one token before this step.
+        worker.vllm_config.model_config.max_model_len - 1,
+    )
+    if tokens < 1:
+        return
+    worker.model_runner._dummy_run(
+        tokens,
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        force_attention=True,
+        create_mixed_batch=True,
+        skip_eplb=True,
+    )
+
+
+def _applies(worker: Worker) -> bool:
+    hf_config = getattr(worker.vllm_config.model_config, "hf_config", None)
+    is_deepseek_v4 = getattr(hf_config, "model_type", None) == "deepseek_v4"
+    return is_deepseek_v4 and bool(portable_operations()) and torch.cuda.is_available()
+
+
+def calls_of(worker: Worker, operations: frozenset[str], capability: tuple[int, int]) -> Calls:
+    """The warm-up calls for the worker's model and its draft model.
+
+    Args:
+        worker: As of :func:`warm_up_kernels`.
+        operations: Those whose kernels run.
+        capability: Of the GPU.
+    """
+    limits = limits_of(worker.vllm_config)
+    calls = Calls(operations, capability)
+    scheduler = worker.vllm_config.scheduler_config
+    window = worker.vllm_config.model_config.hf_config.sliding_window
+    calls.add_always(_compile_prefill_metadata, scheduler.max_num_seqs, window)
+    for model in _models(worker):
+        for module in model.modules():
+            for add in (_add_attention, _add_projection, _add_indexer, _add_mhc, _add_experts):
+                add(calls, module, limits)
+    return calls
+
+
+def limits_of(vllm_config: Any) -> Limits:
+    """The bounds of the engine that ``vllm_config`` configures."""
+    scheduler = vllm_config.scheduler_config
+    tokens = scheduler.max_num_batched_tokens
+    drafting = vllm_config.speculative_config
+    drafted = 0 if drafting is None else drafting.num_speculative_tokens
+    # A full graph pads a batch to the sizes that are captured.
+    captured = max(vllm_config.compilation_config.cudagraph_capture_sizes or [0])
+    return Limits(
+        tokens=tokens,
+        decode_tokens=min(tokens, max(scheduler.max_num_seqs * (1 + drafted), captured)),
+        expert_tokens=tokens * vllm_config.parallel_config.data_parallel_size,
+    )
+
+
+def compile_kernels(calls: Calls) -> list[CompiledKernel]:
+    """Make the calls with nothing launched, and return each kernel that they compile once."""
+    from triton import AsyncCompileMode
+
+    from vllm_sm12x.ops.launching import compile_only
+
+    with (
+        ThreadPoolExecutor(_threads()) as pool,
+        compile_only(calls.capability),
+        AsyncCompileMode(pool),
+    ):
+        for call in calls.by_key.values():
+            call()
+    # Once more: now the kernels are there, and Triton files each under all that calls can ask for.
+    with compile_only(calls.capability) as compilation:
+        for call in calls.by_key.values():
+            call()
+    return list({id(kernel): kernel for kernel in compilation.kernels}.values())
+
+
+def load(kernels: list[CompiledKernel]) -> None:
+    """Do what else the first launch would: build the launchers, give the GPU the machine code."""
+    for kernel in kernels:
+        kernel.run  # noqa: B018 (reading the property does it)
+
+
+def _threads() -> int:
+    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0))))
+
+
+def _models(worker: Worker) -> Iterator[torch.nn.Module]:
+    yield worker.get_model()
+    draft = getattr(getattr(worker.model_runner, "drafter", None), "model", None)
+    if isinstance(draft, torch.nn.Module):
+        yield draft
+
+
+def _compile_prefill_metadata(requests: int, window: int) -> None:
+    """Upstream's kernel that has a form for every power of two of requests that are read."""
+    from vllm.v1.attention.backends.mla.sparse_swa import _compute_prefill_metadata_kernel
+
+    from vllm_sm12x.ops.launching import launch
+
+    lens = torch.empty(1, dtype=torch.int32, device="meta")
+    block = 1
+    while block < 2 * requests:
+        launch(
+            _compute_prefill_metadata_kernel,
+            (1,),
+            lens,
+            lens,
+            lens,
+            block,
+            0,
+            window,
+            BLOCK_SIZE=block,
+        )
+        block *= 2
+
+
+def _describe(argument: object) -> object:
+    """What of an argument a launch can tell from another's."""
+    if isinstance(argument, torch.Tensor):
+        alignment = argument.data_ptr() % 16
+        return argument.dtype, argument.shape, argument.stride(), alignment
+    if isinstance(argument, tuple):
+        return tuple(map(_describe, argument))
+    return argument
+
+
+def _add_attention(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
+    from vllm.models.deepseek_v4.attention import DeepseekV4MLAAttention
+
+    from vllm_sm12x.adapters.sparse_mla import most_compressed_keys, padded_width
+    from vllm_sm12x.ops.sparse_mla import warm_up
+
+    if not isinstance(module, DeepseekV4MLAAttention):
+        return
+    extra = most_compressed_keys(module)
+    calls.add(
+        "sparse_mla_decode",
+        warm_up.warm_up_decode,
+        limits.decode_tokens,
+        module.padded_heads,
+        module.attn_sink,
+        module.swa_cache_layer.kv_cache,
+        module.window_size,
+        module.kv_cache if extra else None,
+        extra,
+    )
+    calls.add(
+        "sparse_mla_prefill",
+        warm_up.warm_up_prefill,
+        module.padded_heads,
+        module.attn_sink,
+        padded_width(module.window_size + extra),
+    )
+
+
+def _add_projection(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
+    from vllm.models.deepseek_v4.attention import DeepseekV4MultiHeadLatentAttentionWrapper
+
+    from vllm_sm12x.ops.fp8_einsum.warm_up import warm_up
+
+    if isinstance(module, DeepseekV4MultiHeadLatentAttentionWrapper):
+        calls.add(
+            "fp8_einsum",
+            warm_up,
+            limits.tokens,
+            module.n_local_groups,
+            module.wo_a.weight,
+            module.wo_a.weight_scale_inv,
+            calls.capability,
+        )
+
+
+def _add_indexer(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
+    from vllm.models.deepseek_v4.attention import DeepseekV4Indexer
+
+    from vllm_sm12x.ops.mqa_logits.warm_up import warm_up as warm_up_prefill
+    from vllm_sm12x.ops.paged_mqa_logits.warm_up import warm_up as warm_up_decode
+
+    if not isinstance(module, DeepseekV4Indexer):
+        return
+    calls.add("mqa_logits", warm_up_prefill, module.n_head)
+    calls.add(
+        "paged_mqa_logits",
+        warm_up_decode,
+        limits.decode_tokens,
+        module.n_head,
+        module.k_cache.kv_cache.unsqueeze(-2),
+        module.max_model_len,
+        calls.capability,
+    )
+
+
+def _add_mhc(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
+    from vllm.models.deepseek_v4.nvidia.model import DeepseekV4DecoderLayer
+
+    from vllm_sm12x.ops.mhc import warm_up
+
+    if isinstance(module, DeepseekV4DecoderLayer):
+        for part in ("attn", "ffn"):
+            calls.add(
+                "mhc",
+                warm_up.warm_up_layer,
+                limits.tokens,
+                *(getattr(module, f"hc_{part}_{name}") for name in ("fn", "scale", "base")),
+                getattr(module, f"{part}_norm").weight,
+                calls.capability,
+            )
+    # The model's and the draft layer's, under the same names.
+    head = [getattr(module, f"hc_head_{name}", None) for name in ("fn", "scale", "base")]
+    if all(isinstance(tensor, torch.Tensor) for tensor in head):
+        calls.add("mhc", warm_up.warm_up_head, limits.tokens, *head, calls.capability)
+
+
+def _add_experts(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoE
+
+    from vllm_sm12x.adapters.mxfp4_experts import SM12xMxfp4Experts
+    from vllm_sm12x.ops.mxfp4_experts.warm_up import warm_up
+
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    experts = getattr(kernel, "fused_experts", None)
+    if not (isinstance(module, FusedMoE) and isinstance(experts, SM12xMxfp4Experts)):
+        return
+    calls.add(
+        "mxfp4_experts",
+        warm_up,
+        limits.expert_tokens,
+        module.top_k,
+        # The router's own choice, unless what prepares the experts' input asks for another.
+        module.quant_method.topk_indices_dtype or torch.int32,
+        (module.w13_weight, experts.w1_scale, module.w2_weight, experts.w2_scale),
+        experts.quant_config.gemm1_clamp_limit,
+        module.apply_router_weight_on_input,
+        module.expert_map,
+        calls.capability,
+    )
