@@ -8,6 +8,7 @@ kernel that is only to be compiled, and goes no further.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,15 +21,18 @@ from triton.runtime import driver
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.launching import compile_only
 
+_devices = itertools.count(1000)
+
 
 @dataclass(frozen=True)
 class _Driver:
-    """What the making of a key asks of a GPU; each capability is another device."""
+    """What the making of a key asks of a GPU. Each is another device, with no kernels yet."""
 
     capability: tuple[int, int]
+    device: int = field(default_factory=lambda: next(_devices))
 
     def get_current_device(self) -> int:
-        return 1000 + 10 * self.capability[0] + self.capability[1]
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
