@@ -115,14 +115,17 @@ def decode_runs(
 
 
 @pytest.fixture
-def without_deep_gemm(monkeypatch):
-    """Its warm-up, a step of the same function, is not the subject here."""
+def without_other_warm_ups(monkeypatch):
+    """Other warm-ups, steps of the same function, are not the subject here."""
+    from vllm_sm12x.adapters import warm_up
+
     monkeypatch.setenv("VLLM_USE_DEEP_GEMM", "0")
+    monkeypatch.setattr(warm_up, "_applies", lambda worker: False)
 
 
 @pytest.mark.operation("mhc")
 @pytest.mark.parametrize("query_len", [2, 3, 4])
-def test_the_decode_warm_up(case, choose, without_deep_gemm, query_len):
+def test_the_decode_warm_up(case, choose, without_other_warm_ups, query_len):
     from vllm.config import CUDAGraphMode
 
     choose(case.capability, case.override)
@@ -153,7 +156,7 @@ def test_the_decode_warm_up(case, choose, without_deep_gemm, query_len):
     ],
 )
 def test_the_decode_warm_up_fits_the_engine(
-    choose, without_deep_gemm, max_num_seqs, max_num_batched_tokens, tokens
+    choose, without_other_warm_ups, max_num_seqs, max_num_batched_tokens, tokens
 ):
     choose((12, 1), None)
     config = engine()
@@ -163,11 +166,11 @@ def test_the_decode_warm_up_fits_the_engine(
 
 
 @pytest.mark.parametrize(("model_type", "method"), OTHERS)
-def test_no_decode_warm_up_of_others(choose, without_deep_gemm, model_type, method):
+def test_no_decode_warm_up_of_others(choose, without_other_warm_ups, model_type, method):
     choose((12, 0), None)
     assert decode_runs(engine(model_type, method)) == []
 
 
-def test_the_second_runner_warms_itself_up(choose, without_deep_gemm):
+def test_the_second_runner_warms_itself_up(choose, without_other_warm_ups):
     choose((12, 0), None)
     assert decode_runs(engine(), v2=True) == []

@@ -1,0 +1,117 @@
+"""An engine of DeepSeek V4 Flash with MTP as far as warm-up sees it, without a GPU.
+
+Model and draft model are vLLM's own, of Flash's width, built on the CPU with one layer of each kind
+and few experts. The caches have the pages that vLLM gives them. Nothing of the model runs.
+
+Importing this makes vLLM believe in a GPU of capability 12.0.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from flash_config import write_config
+from tests.checkpoint.loading import check_loading
+
+check_loading.fake_platform((12, 0))
+
+
+RATIOS = (0, 4, 128)
+MOST_TOKENS, MOST_REQUESTS, DRAFTED = 8192, 64, 2
+MAX_MODEL_LEN = 131_072
+EXPERTS = 16
+_PAGES = 10
+
+
+@dataclass
+class Engine:
+    """One rank's model and draft model, and the worker that has them."""
+
+    config: Any
+    model: torch.nn.Module
+    draft: torch.nn.Module
+
+    @property
+    def worker(self) -> SimpleNamespace:
+        """What of a GPU worker the warm-up asks for."""
+        drafter = SimpleNamespace(model=self.draft)
+        return SimpleNamespace(
+            vllm_config=self.config,
+            get_model=lambda: self.model,
+            model_runner=SimpleNamespace(drafter=drafter),
+        )
+
+    def modules(self, kind: str) -> list[torch.nn.Module]:
+        """The modules of a class, the draft model's last."""
+        every = [*self.model.modules(), *self.draft.modules()]
+        found = [module for module in every if type(module).__name__ == kind]
+        assert found, f"no {kind} in the model"
+        return found
+
+
+def start(folder: Path, tp: int) -> Engine:
+    """Rank 0 of ``tp``."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    write_config(folder, RATIOS)
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content |= {"n_routed_experts": EXPERTS, "vocab_size": 1024}
+    content |= {"max_position_embeddings": MAX_MODEL_LEN}
+    path.write_text(json.dumps(content))
+    config = EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        kv_cache_dtype="fp8",
+        block_size=256,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=MOST_TOKENS,
+        max_num_seqs=MOST_REQUESTS,
+        enforce_eager=True,
+        speculative_config={"method": "mtp", "num_speculative_tokens": DRAFTED},
+    ).create_engine_config()
+    config.parallel_config.tensor_parallel_size = tp
+    check_loading.be_rank(tp, 0)
+    config.compilation_config.static_forward_context.clear()
+    with set_current_vllm_config(config):
+        engine = Engine(
+            config,
+            _built(config, config.model_config),
+            _built(config, config.speculative_config.draft_model_config),
+        )
+        _give_caches(config)
+    return engine
+
+
+def _built(config: Any, model_config: Any) -> torch.nn.Module:
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with set_default_torch_dtype(model_config.dtype):
+        model = initialize_model(vllm_config=config, model_config=model_config)
+    for module in model.modules():
+        if type(module).__name__ == "FusedMoE":
+            module.quant_method.process_weights_after_loading(module)
+    return model
+
+
+def _give_caches(config: Any) -> None:
+    """Caches with the pages' sizes and distances that the layers' specs name, without memory."""
+    for layer in config.compilation_config.static_forward_context.values():
+        spec = layer.get_kv_cache_spec(config) if hasattr(layer, "get_kv_cache_spec") else None
+        if spec is None or spec.dtype != torch.uint8:
+            continue
+        rows = spec.storage_block_size if hasattr(spec, "storage_block_size") else spec.block_size
+        _, _, width = layer.get_attn_backend().get_kv_cache_shape(
+            _PAGES, rows, 1, spec.head_size, cache_dtype_str=config.cache_config.cache_dtype
+        )
+        page = spec.page_size_bytes
+        memory = torch.empty(_PAGES * page, dtype=torch.uint8, device="meta")
+        layer.kv_cache = memory.as_strided((_PAGES, rows, width), (page, width, 1))
