@@ -15,6 +15,8 @@ import torch
 from launch_keys import Keys, recorded
 
 from vllm_sm12x.ops import launching
+from vllm_sm12x.ops.compressor import compress_to_cache
+from vllm_sm12x.ops.compressor import warm_up as compressor_warm_up
 from vllm_sm12x.ops.fp8_einsum import fp8_einsum_bhr_hdr
 from vllm_sm12x.ops.fp8_einsum import warm_up as einsum_warm_up
 from vllm_sm12x.ops.mhc import hc_head, mhc_fused_post_pre, mhc_post, mhc_pre
@@ -271,6 +273,30 @@ def prefill_of_few_heads(capability: tuple[int, int]) -> Case:
     return prefill(capability, 8)
 
 
+def compressor(capability: tuple[int, int]) -> Case:
+    states = meta(40, 8, 1024)
+    given = (meta(512, dtype=BF16), 1e-6, meta(131_072, 64), pages(700, 2, 584, 1728))
+
+    def calls():
+        for tokens in token_counts():
+            table = meta(draw.randrange(1, 65), draw.randrange(1, 2050), dtype=I32)
+            a_token = [rows(tokens, dtype=torch.int64) for _ in range(3)]
+            yield lambda t=a_token, n=tokens, table=table: compress_to_cache(
+                states,
+                rows(n, dtype=I32),
+                *t[:2],
+                table,
+                *given,
+                t[2],
+                128,
+                False,
+                implementation="triton",
+            )
+
+    norm, _, turns, cache = given
+    return lambda: compressor_warm_up.warm_up(states, norm, turns, cache, 128, False), calls()
+
+
 # The kernels that each must meet, so that a case that launches nothing fails.
 CASES = {
     einsum: {"einsum_kernel"},
@@ -283,6 +309,7 @@ CASES = {
     decode: {"split_kernel", "_combine_kernel"},
     decode_c4a: {"split_kernel", "_combine_kernel"},
     decode_c128a: {"split_kernel", "_combine_kernel"},
+    compressor: {"compress_kernel"},
     prefill: {"prefill_kernel"},
     prefill_of_few_heads: {"prefill_kernel"},
 }

@@ -144,7 +144,7 @@ def calls_of(worker: Worker, operations: frozenset[str], capability: tuple[int, 
     calls.add_always(_compile_prefill_metadata, scheduler.max_num_seqs, window)
     for model in _models(worker):
         for module in model.modules():
-            for add in (_add_attention, _add_projection, _add_indexer, _add_mhc, _add_experts):
+            for add in _ADD:
                 add(calls, module, limits)
     return calls
 
@@ -280,6 +280,29 @@ def _add_projection(calls: Calls, module: torch.nn.Module, limits: Limits) -> No
         )
 
 
+def _add_compressor(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
+    from vllm.models.deepseek_v4.attention import DeepseekV4MultiHeadLatentAttentionWrapper
+
+    from vllm_sm12x.adapters.compressor import has_kernel
+    from vllm_sm12x.ops.compressor.warm_up import warm_up
+
+    if not isinstance(module, DeepseekV4MultiHeadLatentAttentionWrapper):
+        return
+    compressor = module.compressor
+    if compressor is None or not has_kernel(compressor.head_dim, compressor.compress_ratio):
+        return
+    calls.add(
+        "cutedsl",
+        warm_up,
+        compressor.state_cache.kv_cache,
+        compressor.norm.weight,
+        module.rotary_emb.cos_sin_cache,
+        module.mla_attn.kv_cache,
+        compressor.compress_ratio,
+        compressor.overlap,
+    )
+
+
 def _add_indexer(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
     from vllm.models.deepseek_v4.attention import DeepseekV4Indexer
 
@@ -344,3 +367,14 @@ def _add_experts(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
         module.expert_map,
         calls.capability,
     )
+
+
+# What each looks for in the model.
+_ADD = (
+    _add_attention,
+    _add_projection,
+    _add_compressor,
+    _add_indexer,
+    _add_mhc,
+    _add_experts,
+)

@@ -30,6 +30,7 @@ from vllm_sm12x.adapters import warm_up  # noqa: E402
 
 CAPABILITY = (12, 0)
 OURS = {
+    "compress_kernel",
     "einsum_kernel",
     "mix_kernel",
     "finish_kernel",
@@ -51,9 +52,13 @@ HELPERS = {
     "_compute_prefill_metadata_kernel",
     "_dequantize_and_gather_k_kernel",
     "_fused_inv_rope_fp8_quant_per_head",
+    "_fused_kv_compress_norm_rope_insert_indexer_attn",
+    "_fused_kv_compress_norm_rope_insert_sparse_attn",
+    "_save_partial_states_kernel",
 }
 # Kernels by the operation whose calls are left out.
 KERNELS_OF = {
+    "cutedsl": {"compress_kernel"},
     "sparse_mla_decode": {"split_kernel", "_combine_kernel"},
     "sparse_mla_prefill": {"prefill_kernel"},
     "mqa_logits": {"logits_kernel"},
@@ -127,7 +132,7 @@ def test_an_operation_that_is_left_out_is_missed(engine, asked, gpu, operation):
     # The mixed batch reaches some forms of a kernel; of those with one form, all.
     names = {text.partition(":")[0] for text in asked.missing_from(made)}
     assert names <= KERNELS_OF[operation]
-    alone = {"prefill_kernel", "logits_kernel", "paged_logits_kernel"}
+    alone = {"compress_kernel", "prefill_kernel", "logits_kernel", "paged_logits_kernel"}
     assert names or KERNELS_OF[operation] <= alone
 
 

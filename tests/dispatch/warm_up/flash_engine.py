@@ -106,12 +106,12 @@ def _give_caches(config: Any) -> None:
     """Caches with the pages' sizes and distances that the layers' specs name, without memory."""
     for layer in config.compilation_config.static_forward_context.values():
         spec = layer.get_kv_cache_spec(config) if hasattr(layer, "get_kv_cache_spec") else None
-        if spec is None or spec.dtype != torch.uint8:
+        if spec is None:
             continue
-        rows = spec.storage_block_size if hasattr(spec, "storage_block_size") else spec.block_size
+        rows = getattr(spec, "storage_block_size", spec.block_size)
         _, _, width = layer.get_attn_backend().get_kv_cache_shape(
             _PAGES, rows, 1, spec.head_size, cache_dtype_str=config.cache_config.cache_dtype
         )
-        page = spec.page_size_bytes
-        memory = torch.empty(_PAGES * page, dtype=torch.uint8, device="meta")
+        page = spec.page_size_bytes // spec.dtype.itemsize
+        memory = torch.empty(_PAGES * page, dtype=spec.dtype, device="meta")
         layer.kv_cache = memory.as_strided((_PAGES, rows, width), (page, width, 1))

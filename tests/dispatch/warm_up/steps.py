@@ -78,6 +78,11 @@ class Caller:
         self.attentions = engine.modules("DeepseekV4MLAAttention")
         self.outers = _ends(engine.modules("DeepseekV4MultiHeadLatentAttentionWrapper"))
         self.indexers = engine.modules("DeepseekV4Indexer")
+        self.compressors = [
+            module
+            for module in engine.modules("DeepseekV4MultiHeadLatentAttentionWrapper")
+            if module.compressor is not None
+        ]
         self.layers = _ends(engine.modules("DeepseekV4DecoderLayer"))
         self.heads = [
             module
@@ -100,6 +105,8 @@ class Caller:
         self._build(step)
         for module in self.outers:
             self._project(module, step.tokens)
+        for module in self.compressors:
+            self._compress(module, step)
         for layer in self.layers:
             self._mix(layer, step.tokens)
         for module in self.heads:
@@ -194,6 +201,38 @@ class Caller:
             "bhr,hdr->bhd",
             list(module._einsum_recipe),
         )
+
+    def _compress(self, module: torch.nn.Module, step: Step) -> None:
+        """The keys' compressor, and the indexer's where there is one, by their own forward."""
+        from vllm.models.deepseek_v4 import compressor as upstream
+
+        requests = len(step.decodes) + len(step.prefills)
+        rotary = SimpleNamespace(cos_sin_cache=module.rotary_emb.cos_sin_cache.to("meta"))
+        indexed = [] if module.indexer is None else [module.indexer.compressor]
+        for compressor in (module.compressor, *indexed):
+            width = 2 * compressor.coff * compressor.head_dim
+            metadata = SimpleNamespace(
+                token_to_req_indices=self.per_token,
+                slot_mapping=meta(MOST_TOKENS, dtype=torch.int64)[: step.tokens],
+                block_table=self.table[:requests],
+                block_size=compressor.state_cache.kv_cache.shape[1],
+            )
+            context = SimpleNamespace(
+                attn_metadata={
+                    compressor.state_cache.prefix: metadata,
+                    compressor.k_cache_prefix: metadata,
+                }
+            )
+            with (
+                patch.object(upstream, "get_forward_context", lambda context=context: context),
+                patch.dict(compressor._parameters, ape=_on_meta(compressor.ape)),
+                patch.dict(compressor.norm._parameters, weight=_on_meta(compressor.norm.weight)),
+            ):
+                compressor(
+                    meta(step.tokens, width, dtype=torch.float32),
+                    meta(MOST_TOKENS, dtype=torch.int64)[: step.tokens],
+                    rotary,
+                )
 
     def _mix(self, layer: torch.nn.Module, tokens: int) -> None:
         from vllm.model_executor.kernels.mhc import tilelang
