@@ -56,9 +56,10 @@ def test_tokens_beyond_the_shortest_array_are_left_out(name):
     check(case)
 
 
-def test_by_hand():
-    # All scores are alike, so that an entry is the mean of 1 to 128; its norm is 1 a channel. The
-    # weight makes 448 of it, the largest e4m3 value; a quarter turn makes (-448, 448) of the pairs.
+def case_by_hand() -> Case:
+    """All scores are alike, so that an entry is the mean of 1 to 128; its norm is 1 a channel. The
+    weight makes 448 of it, the largest e4m3 value; a quarter turn makes (-448, 448) of the pairs.
+    """
     case = prefill(*C128A, 128, block_size=8)
     states = case.arguments["state_cache"]
     table = case.arguments["block_table"][0]
@@ -68,7 +69,11 @@ def test_by_hand():
     case.arguments["norm_weight"] = torch.full((512,), 448.0)
     case.arguments["cos_sin_cache"] = torch.cat([torch.zeros(128, 32), torch.ones(128, 32)], 1)
     case.arguments["eps"] = 0.0
-    compress_to_cache(**case.arguments)
+    return case
+
+
+def check_by_hand(case: Case) -> None:
+    """The scale of 448 is 1, exactly."""
     values, _, scales = place_of(case.pages, int(case.arguments["slots"][127]))
     assert case.pages.bytes[values].eq(0x7E).all()
     assert case.pages.bytes[scales].tolist() == [127] * 7 + [0]
@@ -76,16 +81,31 @@ def test_by_hand():
     assert read[448::2].eq(-448).all() and read[449::2].eq(448).all()
 
 
-def test_nan_stays_with_its_window():
+def test_by_hand():
+    case = case_by_hand()
+    compress_to_cache(**case.arguments)
+    check_by_hand(case)
+
+
+def case_with_nan() -> Case:
+    """Position 5, of the older half of the window that ends at 11."""
     case = prefill(*C4A, 16)
     block = case.arguments["block_table"][0, 1]
-    case.arguments["state_cache"][block, 1, 5] = math.nan  # position 5, older half: window of 11
+    case.arguments["state_cache"][block, 1, 5] = math.nan
+    return case
+
+
+def check_nan(case: Case) -> None:
+    """The whole entry of one window is NaN, and no other."""
+    for token in (3, 7, 11, 15):
+        found = case.pages.read(int(case.arguments["slots"][token])).isnan()
+        assert found.all() if token == 11 else not found.any(), token
+
+
+def test_nan_stays_with_its_window():
+    case = case_with_nan()
     compress_to_cache(**case.arguments)
-    found = {
-        token: case.pages.read(int(case.arguments["slots"][token])) for token in (3, 7, 11, 15)
-    }
-    assert found[11].isnan().all()
-    assert not any(found[token].isnan().any() for token in (3, 7, 15))
+    check_nan(case)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from capture import record, replay_on_gpu
 from compressor_checks import Case, check, compare, on_gpu, prefill, run_vllms
 from interpreted_run import run_interpreted
-from test_compressor import C4A, C128A
+from test_compressor import C4A, C128A, case_by_hand, case_with_nan, check_by_hand, check_nan
 
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.compressor import compress_to_cache
@@ -20,7 +20,7 @@ SHAPES = pytest.mark.parametrize("shape", [C4A, C128A], ids=["C4A", "C128A"])
 
 
 def test_the_kernel_equals_the_definition_in_the_interpreter():
-    run_interpreted("check_compressor.py", at_least=32)
+    run_interpreted("check_compressor.py", at_least=37)
 
 
 def test_every_target_has_both_windows():
@@ -75,6 +75,20 @@ def test_a_decode_batch_on_a_gpu(lowered, shape):
     assert len(case.counting()) == 18
     run(case)
     check(case)
+
+
+@pytest.mark.gpu
+def test_by_hand_on_a_gpu(lowered):
+    case = case_by_hand()
+    run(case)
+    check_by_hand(case)
+
+
+@pytest.mark.gpu
+def test_nan_stays_with_its_window_on_a_gpu(lowered):
+    case = case_with_nan()
+    run(case)
+    check_nan(case)
 
 
 @pytest.mark.gpu

@@ -112,7 +112,7 @@ def compress_kernel(
         largest = new
 
     # The groups' sums, each brought to the largest score of all.
-    kept = tl.exp(largest - _finite(tl.max(largest, 0))[None, :])
+    kept = tl.exp(largest - tl.max(largest, 0)[None, :])
     entry = tl.sum(summed * kept, 0) / tl.sum(total * kept, 0)
 
     mean_square = tl.sum(entry * entry, 0) / _HEAD
