@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -29,6 +30,7 @@ from vllm_sm12x.ops.paged_mqa_logits import fp8_paged_mqa_logits
 from vllm_sm12x.ops.paged_mqa_logits import warm_up as paged_warm_up
 from vllm_sm12x.ops.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from vllm_sm12x.ops.sparse_mla import warm_up as sparse_mla_warm_up
+from vllm_sm12x.proof import discover
 
 CAPABILITIES = ((12, 0), (12, 1), (9, 0))
 MOST_TOKENS = 8192
@@ -44,18 +46,22 @@ def token_counts() -> list[int]:
     return sorted(chosen | {draw.randrange(1, MOST_TOKENS) for _ in range(40)})
 
 
+# Where tensors are made: on the GPU they hold zeros, which every operation takes.
+device = "meta"
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=device)
+
+
 def rows(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``[count, *shape]`` from the middle of a longer tensor."""
     first = draw.randrange(17)
-    return torch.empty(first + count + 1, *shape, dtype=dtype, device="meta")[first : first + count]
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return tensor(first + count + 1, *shape, dtype=dtype)[first : first + count]
 
 
 def pages(number: int, block: int, width: int, stride: int) -> torch.Tensor:
-    memory = torch.empty(number * stride, dtype=torch.uint8, device="meta")
+    memory = tensor(number * stride, dtype=torch.uint8)
     return memory.as_strided((number, block, width), (stride, width, 1))
 
 
@@ -65,13 +71,13 @@ Case = tuple[Callable[[], None], Iterator[Callable[[], object]]]
 
 
 def einsum(capability: tuple[int, int], groups: int = 4) -> Case:
-    weight, scale = meta(groups * 1024, 4096, dtype=E4M3), meta(groups * 8, 32)
+    weight, scale = tensor(groups * 1024, 4096, dtype=E4M3), tensor(groups * 8, 32)
 
     def calls():
         for tokens in token_counts():
             aligned = -(-tokens // 4) * 4
-            a = meta(groups, tokens, 4096, dtype=E4M3).transpose(0, 1)
-            a_scale = meta(groups * 32 * aligned).as_strided(
+            a = tensor(groups, tokens, 4096, dtype=E4M3).transpose(0, 1)
+            a_scale = tensor(groups * 32 * aligned).as_strided(
                 (tokens, groups, 32), (1, 32 * aligned, aligned)
             )
             for given in (a, a[tokens // 2 :]):
@@ -97,7 +103,7 @@ def prefill_logits(capability: tuple[int, int]) -> Case:
             keys = draw.randrange(1, 40_000)
             yield lambda tokens=tokens, keys=keys: fp8_mqa_logits(
                 rows(tokens, 64, 128, dtype=E4M3),
-                meta(keys, 128, dtype=E4M3),
+                tensor(keys, 128, dtype=E4M3),
                 rows(keys),
                 rows(tokens, 64),
                 rows(tokens, dtype=I32),
@@ -137,15 +143,15 @@ def decode_logits(capability: tuple[int, int]) -> Case:
 
 def hyper_connections(capability: tuple[int, int]) -> Case:
     hidden, mult, mixes = 4096, 4, 24
-    mapping = (meta(mixes, mult * hidden), meta(3), meta(mixes))
-    head = (meta(mult, mult * hidden), meta(1), meta(mult))
-    norm = meta(hidden, dtype=BF16)
+    mapping = (tensor(mixes, mult * hidden), tensor(3), tensor(mixes))
+    head = (tensor(mult, mult * hidden), tensor(1), tensor(mult))
+    norm = tensor(hidden, dtype=BF16)
     numbers = (1e-6, 1e-6, 1e-6, 2.0, 20)
 
     def calls():
         for tokens in token_counts():
             residual, x = rows(tokens, mult, hidden, dtype=BF16), rows(tokens, hidden, dtype=BF16)
-            post, comb = meta(tokens, mult, 1), meta(tokens, mult, mult)
+            post, comb = tensor(tokens, mult, 1), tensor(tokens, mult, mult)
             mixed = (*mapping, *numbers)
             options = {"norm_weight": norm, "implementation": "triton"}
             yield lambda r=residual, m=mixed, o=options: mhc_pre(r, *m, **o)
@@ -170,12 +176,12 @@ def experts(
 ) -> Case:
     hidden, top_k = 4096, 6
     weights = (
-        meta(number, 2 * intermediate, hidden // 2, dtype=torch.uint8),
-        meta(number, 2 * intermediate, hidden // 32, dtype=torch.uint8),
-        meta(number, hidden, intermediate // 2, dtype=torch.uint8),
-        meta(number, hidden, intermediate // 32, dtype=torch.uint8),
+        tensor(number, 2 * intermediate, hidden // 2, dtype=torch.uint8),
+        tensor(number, 2 * intermediate, hidden // 32, dtype=torch.uint8),
+        tensor(number, hidden, intermediate // 2, dtype=torch.uint8),
+        tensor(number, hidden, intermediate // 32, dtype=torch.uint8),
     )
-    expert_map = meta(2 * number, dtype=I32) if mapped else None
+    expert_map = tensor(2 * number, dtype=I32) if mapped else None
 
     def calls():
         # Also more than are worked on at a time: 5,461.
@@ -208,7 +214,7 @@ def decode(
 ) -> Case:
     window, most = 128, 512
     swa = pages(900, 64, 584, 37440)
-    sink = meta(64)
+    sink = tensor(64)
     block, stride, width = extra or (0, 0, 0)
     extra_cache = pages(700, block, 584, stride) if extra else None
 
@@ -250,7 +256,7 @@ def decode_c128a(capability: tuple[int, int]) -> Case:
 
 
 def prefill(capability: tuple[int, int], heads: int = 32) -> Case:
-    sink = meta(64)
+    sink = tensor(64)
 
     def calls():
         for tokens in token_counts():
@@ -274,12 +280,12 @@ def prefill_of_few_heads(capability: tuple[int, int]) -> Case:
 
 
 def compressor(capability: tuple[int, int]) -> Case:
-    states = meta(40, 8, 1024)
-    given = (meta(512, dtype=BF16), 1e-6, meta(131_072, 64), pages(700, 2, 584, 1728))
+    states = tensor(40, 8, 1024)
+    given = (tensor(512, dtype=BF16), 1e-6, tensor(131_072, 64), pages(700, 2, 584, 1728))
 
     def calls():
         for tokens in token_counts():
-            table = meta(draw.randrange(1, 65), draw.randrange(1, 2050), dtype=I32)
+            table = tensor(draw.randrange(1, 65), draw.randrange(1, 2050), dtype=I32)
             a_token = [rows(tokens, dtype=torch.int64) for _ in range(3)]
             yield lambda t=a_token, n=tokens, table=table: compress_to_cache(
                 states,
@@ -374,10 +380,36 @@ def test_an_unaligned_pointer_that_is_specialised_is_named():
     with recorded((12, 0)) as made:
         mqa_warm_up.warm_up(64)
     with recorded((12, 0)) as asked:
-        weights = meta(2 * 64 + 1)[1:].view(2, 64)
-        int32 = meta(2, dtype=I32)
-        q, k = meta(2, 64, 128, dtype=E4M3), meta(2, 128, dtype=E4M3)
-        fp8_mqa_logits(q, k, meta(2), weights, int32, int32, implementation="triton")
+        weights = tensor(2 * 64 + 1)[1:].view(2, 64)
+        int32 = tensor(2, dtype=I32)
+        q, k = tensor(2, 64, 128, dtype=E4M3), tensor(2, 128, dtype=E4M3)
+        fp8_mqa_logits(q, k, tensor(2), weights, int32, int32, implementation="triton")
     (text,) = asked.missing_from(made)
     assert text.startswith("logits_kernel: ")
     assert "divisible by 16 ['q', 'k', 'out', 'q_token'," in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_no_call_compiles_on_a_gpu(case, monkeypatch):
+    """As vLLM's monitor counts it, after a warm-up in a process that has compiled nothing yet."""
+    from triton import knobs
+
+    for given in discover.cases().values():
+        for compiled_case in given:
+            compiled_case.kernel.device_caches.clear()
+    monkeypatch.setattr(sys.modules[__name__], "device", "cuda")
+    capability = torch.cuda.get_device_capability()
+    warm_up, calls = case(capability)
+    with launching.compile_only(capability) as compilation:
+        warm_up()
+    for kernel in compilation.kernels:
+        kernel.run  # noqa: B018 (reading the property loads it)
+    compiled = []
+    with knobs.runtime.scope():
+        knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["repr"])
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+    assert compilation.kernels
+    assert compiled == []
