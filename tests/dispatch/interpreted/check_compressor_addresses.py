@@ -6,7 +6,6 @@ A window that overlaps begins four positions before the first token there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter as triton_interpreter
 from vllm.models.deepseek_v4.common.ops import fused_compress_quant_cache
 
 # Bytes of a page: two entries, then their scales.
@@ -33,25 +31,9 @@ def pack_nothing(low, high):
     return (low * 0 + high * 0).to(tl.uint8)
 
 
-@pytest.fixture
-def addresses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
-    """Every address that a load or a store forms, masked-off lanes too."""
-    formed: list[np.ndarray] = []
-    builder = triton_interpreter.interpreter_builder
-
-    def watch(name: str) -> None:
-        real = getattr(builder, name)
-
-        def watching(ptrs, *args, **kwargs):
-            formed.append(np.array(ptrs.data, dtype=np.uint64).ravel())
-            return real(ptrs, *args, **kwargs)
-
-        monkeypatch.setattr(builder, name, watching)
-
-    watch("create_masked_load")
-    watch("create_masked_store")
+@pytest.fixture(autouse=True)
+def no_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_compress_quant_cache, "_fp32x2_to_fp4x2", pack_nothing)
-    return formed
 
 
 def run(layout: str, ratio: int, tokens: int) -> dict[str, torch.Tensor]:

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import triton
-from triton.runtime import interpreter as triton_interpreter
 from vllm.v1.attention.backends.mla import sparse_swa
 
 WINDOW = 128
-
-
-@pytest.fixture
-def addresses(monkeypatch):
-    """Every address that a load or a store forms, masked-off lanes too."""
-    formed: list[np.ndarray] = []
-    builder = triton_interpreter.interpreter_builder
-
-    def watch(name: str) -> None:
-        real = getattr(builder, name)
-
-        def watching(ptrs, *args, **kwargs):
-            formed.append(np.array(ptrs.data, dtype=np.uint64).ravel())
-            return real(ptrs, *args, **kwargs)
-
-        monkeypatch.setattr(builder, name, watching)
-
-    watch("create_masked_load")
-    watch("create_masked_store")
-    return formed
 
 
 def batch(prefills: int, decodes: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
