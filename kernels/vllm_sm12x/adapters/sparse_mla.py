@@ -35,6 +35,7 @@ _INDEX_ALIGNMENT = 128
 
 
 def padded_width(keys: int) -> int:
+    """The width of an index tensor for so many keys, as vLLM pads it."""
     return -(-keys // _INDEX_ALIGNMENT) * _INDEX_ALIGNMENT
 
 
