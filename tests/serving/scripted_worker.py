@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.config import set_current_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.tokenizers import get_tokenizer
 from vllm.v1.outputs import DraftTokenIds, LogprobsLists, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
@@ -106,6 +108,7 @@ class ScriptedWorker(WorkerBase):
             return ModelRunnerOutput(req_ids=[], req_id_to_index={})
         self.scheduled = scheduled
         self.traced += 1
+        self._meet()
         return None
 
     def sample_tokens(self, grammar: Any) -> ModelRunnerOutput:
@@ -157,6 +160,15 @@ class ScriptedWorker(WorkerBase):
             events.append(kernel | {"name": "paged_logits_kernel"})
         name = f"tp{self.rank}_rank{self.rank}.{time.time_ns()}.pt.trace.json"
         (folder / name).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+
+    def _meet(self) -> None:
+        """Wait for the other ranks, as an all-reduce of NCCL does: for ever, where one is dead."""
+        if self.parallel_config.world_size == 1:
+            return
+        try:
+            torch.distributed.barrier(get_tp_group().cpu_group)
+        except RuntimeError:  # gloo tells, NCCL does not
+            time.sleep(3600)
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -167,4 +167,10 @@ def scripted(model: Path, port: int, tp: int = 1) -> tuple[Serve, dict[str, str]
         extra=("--worker-cls", WORKER, "--structured-outputs-config", GRAMMARS),
     )
     paths = [str(PLATFORM), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return serve, {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    return serve, {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": "",
+        # Several ranks are spawned, as `vllm serve` spawns them: forked ones share their pipes, and
+        # do not notice each other's end.
+        "SCRIPTED_START": "spawn" if tp > 1 else "fork",
+    }

@@ -23,7 +23,8 @@ def kill_midway(server, title):
     """Kill a process of the server with signal 9 while it answers; what became of both ends."""
     served = server.start()
     everything = served.processes()
-    stream = served.client.chat.completions.create(
+    patient = served.client.with_options(timeout=END_S)
+    stream = patient.chat.completions.create(
         model=served.model,
         messages=[{"role": "user", "content": "Go on and on."}],
         max_tokens=LONG,

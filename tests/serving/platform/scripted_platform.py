@@ -1,8 +1,8 @@
 """A vLLM platform plugin for the scripted worker: the CPU platform, with a GPU's scheduler.
 
 The CPU platform turns prefix caching and chunked prefill off for MLA models. The scripted worker
-computes nothing, so that it can have both, as the served model has. Its processes are forked, not
-spawned: each would import vLLM anew.
+computes nothing, so that it can have both, as the served model has. Its processes are forked unless
+``SCRIPTED_START`` says ``spawn``: a process that is spawned imports vLLM anew.
 """
 
 import os
@@ -28,7 +28,7 @@ def __getattr__(name: str):
             super().check_and_update_config(vllm_config)
             cache.enable_prefix_caching, scheduler.enable_chunked_prefill = kept
             scheduler.max_num_batched_tokens = budget
-            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = os.environ.get("SCRIPTED_START", "fork")
             # No process is bound to a core.
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
