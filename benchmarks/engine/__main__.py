@@ -145,7 +145,6 @@ async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
     budget = Budget(args.budget - STOP_S)
     vocabulary = model.write_model(folder / "model", args.layers)
     cold = startup.is_cold(args.caches)
-    args.caches.mkdir(parents=True, exist_ok=True)
     compile_log = folder / "compiled.jsonl"
     log = args.log or folder / "server.log"
     serve = Serve(
@@ -164,7 +163,7 @@ async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
         paths.insert(0, os.environ["PYTHONPATH"])
     environment = {
         **variables(args.path, args.kernels, args.lowering),
-        **startup.variables_of(args.caches.absolute()),
+        **startup.make(args.caches),
         **startup.LOG_VARIABLES,
         COMPILE_LOG: str(compile_log),
         "PYTHONPATH": os.pathsep.join(paths),

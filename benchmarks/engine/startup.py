@@ -73,8 +73,16 @@ def variables_of(caches: Path) -> dict[str, str]:
 
 
 def is_cold(caches: Path) -> bool:
-    """Whether nothing was ever compiled into these caches."""
-    return not caches.exists() or not any(caches.iterdir())
+    """Whether nothing was ever compiled into these caches: there is no file."""
+    return not any(path.is_file() for path in caches.rglob("*"))
+
+
+def make(caches: Path) -> dict[str, str]:
+    """Make the folder of each cache, and return the variables that name them."""
+    found = variables_of(caches.absolute())
+    for folder in found.values():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return found
 
 
 def contents(caches: Path) -> dict[str, dict[str, int]]:

@@ -92,17 +92,20 @@ def test_a_torn_line_of_the_compile_log_is_left_out(tmp_path):
     assert startup.compilations(path) == [{"at": 1.0, "kernel": "a", "s": 0.5}]
 
 
-def test_a_folder_is_cold_until_something_is_in_it(tmp_path):
+def test_a_folder_is_cold_until_a_file_is_in_it(tmp_path):
     caches = tmp_path / "caches"
     assert startup.is_cold(caches)
-    caches.mkdir()
+    made = startup.make(caches)
     assert startup.is_cold(caches)
+    assert startup.contents(caches)["triton"] == {"files": 0, "bytes": 0, "kernels": 0}
     kernel = caches / "triton" / "abc" / "k.cubin"
-    kernel.parent.mkdir(parents=True)
+    kernel.parent.mkdir()
     kernel.write_bytes(b"1234")
     (kernel.parent / "k.json").write_bytes(b"{}")
     assert not startup.is_cold(caches)
-    assert startup.contents(caches) == {"triton": {"files": 2, "bytes": 6, "kernels": 1}}
+    assert startup.contents(caches)["triton"] == {"files": 2, "bytes": 6, "kernels": 1}
+    assert startup.contents(caches)["vllm"] == {"files": 0, "bytes": 0}
+    assert made["TRITON_CACHE_DIR"] == str(caches / "triton")
 
 
 def test_every_cache_lies_in_the_folder(tmp_path):
