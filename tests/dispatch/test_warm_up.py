@@ -56,7 +56,7 @@ def test_no_step_of_serving_compiles():
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     counted = re.search(r"^(\d+) passed in ", done.stdout, re.MULTILINE)
-    assert counted and int(counted[1]) == 33, done.stdout[-2000:]
+    assert counted and int(counted[1]) == 35, done.stdout[-2000:]
 
 
 def test_vllm_warms_up_before_it_captures(choose, monkeypatch):

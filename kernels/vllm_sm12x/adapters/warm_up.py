@@ -6,7 +6,8 @@ model says which shapes its layers have, and each operation compiles all rows th
 Nothing of that is launched, and it takes no memory of the GPU but for the machine code.
 
 Upstream's Triton kernels around them have one form each, which a run of a small batch reaches, but
-for one that is compiled for every power of two of requests.
+for one that is compiled for every power of two of requests. Those of the model runner and the
+drafter are in ``warm_up_runner``.
 
 Inert where no operation is on the portable path, and for other models.
 """
@@ -24,6 +25,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
+from vllm_sm12x.adapters.warm_up_runner import add_runner
 from vllm_sm12x.dispatch import portable_operations
 from vllm_sm12x.implementation import kernel_operations
 
@@ -142,6 +144,8 @@ def calls_of(worker: Worker, operations: frozenset[str], capability: tuple[int, 
     scheduler = worker.vllm_config.scheduler_config
     window = worker.vllm_config.model_config.hf_config.sliding_window
     calls.add_always(_compile_prefill_metadata, scheduler.max_num_seqs, window)
+    if not getattr(worker, "use_v2_model_runner", False):
+        add_runner(calls, worker)
     for model in _models(worker):
         for module in model.modules():
             for add in _ADD:

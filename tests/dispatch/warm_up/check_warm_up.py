@@ -22,6 +22,7 @@ from vllm_sm12x import implementation
 # Form and device as on a GPU. Before the operations bind it.
 implementation.choose = lambda operation, asked, on_gpu: asked or "triton"
 
+from drafting import every_step, reject  # noqa: E402
 from launch_keys import Keys, recorded  # noqa: E402
 from steps import Caller, Step, steps  # noqa: E402
 
@@ -48,13 +49,29 @@ HELPERS = {
     "_build_c128a_topk_metadata_kernel",
     "_build_prefill_chunk_metadata_kernel",
     "_combine_topk_swa_indices_kernel",
+    "_compressed_slot_mapping_kernel",
     "_compute_global_topk_indices_and_lens_kernel",
     "_compute_prefill_metadata_kernel",
     "_dequantize_and_gather_k_kernel",
     "_fused_inv_rope_fp8_quant_per_head",
+    "_fused_indexer_q_rope_quant_kernel",
     "_fused_kv_compress_norm_rope_insert_indexer_attn",
     "_fused_kv_compress_norm_rope_insert_sparse_attn",
+    "_fused_q_kv_rmsnorm_kernel",
     "_save_partial_states_kernel",
+}
+RUNNER = {
+    "_compute_slot_mapping_kernel",
+    "eagle_prepare_inputs_padded_kernel",
+    "eagle_prepare_next_token_padded_kernel",
+    "eagle_step_slot_mapping_metadata_kernel",
+    "rejection_greedy_sample_kernel",
+}
+# What the sampler's own run reaches.
+SAMPLER = {
+    "rejection_greedy_sample_kernel",
+    "rejection_random_sample_kernel",
+    "sample_recovered_tokens_kernel",
 }
 # Kernels by the operation whose calls are left out.
 KERNELS_OF = {
@@ -80,6 +97,7 @@ def asked(engine) -> Keys:
     with recorded(CAPABILITY) as keys:
         for step in steps(seed=20261123):
             caller.make(step)
+        every_step(engine.worker)
     return keys
 
 
@@ -108,12 +126,14 @@ def warmed_up(engine: flash_engine.Engine) -> Keys:
         assert (how["force_attention"], how["create_mixed_batch"]) == (True, True)
         # Half of the tokens decode, and one prompt has the others.
         caller.make(Step((1,) * (tokens // 2), (tokens - tokens // 2,)))
+        # Of the sampler's own run: 32 requests with a draft each, not all greedy.
+        reject(worker, 32, 1, greedy=False)
     return keys
 
 
 def test_no_step_compiles(engine, asked, gpu):
     made = warmed_up(engine)
-    assert asked.kernels == OURS | HELPERS
+    assert asked.kernels == OURS | HELPERS | RUNNER | SAMPLER
     assert asked.missing_from(made) == []
 
 
@@ -121,7 +141,7 @@ def test_the_compilations_alone_cover_our_kernels(engine, asked, gpu):
     with recorded(CAPABILITY) as made:
         warm_up.warm_up_kernels(engine.worker)
     missing = {text.partition(":")[0] for text in asked.missing_from(made)}
-    assert missing == HELPERS - {"_compute_prefill_metadata_kernel"}
+    assert missing == HELPERS - {"_compute_prefill_metadata_kernel"} | SAMPLER
 
 
 @pytest.mark.parametrize("operation", sorted(KERNELS_OF))
@@ -134,6 +154,12 @@ def test_an_operation_that_is_left_out_is_missed(engine, asked, gpu, operation):
     assert names <= KERNELS_OF[operation]
     alone = {"compress_kernel", "prefill_kernel", "logits_kernel", "paged_logits_kernel"}
     assert names or KERNELS_OF[operation] <= alone
+
+
+def test_the_runner_is_missed(engine, asked, gpu):
+    with patch.object(warm_up, "add_runner", lambda calls, worker: None):
+        made = warmed_up(engine)
+    assert {text.partition(":")[0] for text in asked.missing_from(made)} == RUNNER
 
 
 def test_what_is_decoded_at_most(engine):
@@ -206,10 +232,12 @@ def test_compiled_kernels_are_kept(engine, tmp_path, monkeypatch):
     with recorded(CAPABILITY):
         knobs.runtime.jit_cache_hook = None
         calls = warm_up.calls_of(engine.worker, only, CAPABILITY)
-        requests = engine.config.scheduler_config.max_num_seqs
         kernels = warm_up.compile_kernels(calls)
-        # Five configurations, and a power of two of requests from 1 to 64 each.
-        assert len(kernels) == 5 + 7 and requests == 64
+        # The einsum's five configurations; upstream's kernels for powers of two from 1 to 64
+        # requests, and for three forms of numbers: slots in blocks of 64 and 256 and in those of 4
+        # and 8 tokens, drafting's preparation, its next tokens, one or more, and its steps; and one
+        # for greedy requests.
+        assert len(kernels) == 5 + 7 + 3 * (2 + 1 + 2 + 1) + 1
         assert all(kernel.asm["cubin"][:4] == b"\x7fELF" for kernel in kernels)
         compiled = []
         knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["fn"].name)

@@ -26,6 +26,8 @@ RATIOS = (0, 4, 128)
 MOST_TOKENS, MOST_REQUESTS, DRAFTED = 8192, 64, 2
 MAX_MODEL_LEN = 131_072
 EXPERTS = 16
+# Of the cache's groups: compressed keys, the window, and the states of both compressors.
+BLOCK_SIZES = (256, 64, 4, 8)
 _PAGES = 10
 
 
@@ -39,12 +41,26 @@ class Engine:
 
     @property
     def worker(self) -> SimpleNamespace:
-        """What of a GPU worker the warm-up asks for."""
-        drafter = SimpleNamespace(model=self.draft)
+        """What of a GPU worker the warm-up asks for, with vLLM's own block tables."""
+        from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+        tables = MultiGroupBlockTable(
+            MOST_REQUESTS,
+            MAX_MODEL_LEN,
+            MOST_TOKENS,
+            False,
+            torch.device("cpu"),
+            block_sizes=list(BLOCK_SIZES),
+            kernel_block_sizes=list(BLOCK_SIZES),
+        )
+        drafter = SimpleNamespace(
+            model=self.draft, kv_cache_gid=1, block_size=64, max_model_len=MAX_MODEL_LEN
+        )
+        batch = SimpleNamespace(block_table=tables, vocab_size=129_280)
         return SimpleNamespace(
             vllm_config=self.config,
             get_model=lambda: self.model,
-            model_runner=SimpleNamespace(drafter=drafter),
+            model_runner=SimpleNamespace(drafter=drafter, input_batch=batch),
         )
 
     def modules(self, kind: str) -> list[torch.nn.Module]:

@@ -119,7 +119,12 @@ class Caller:
             self._index(module, step)
 
     def _build(self, step: Step) -> None:
-        from vllm.v1.attention.backends.mla import flashmla_sparse, indexer, sparse_swa
+        from vllm.v1.attention.backends.mla import (
+            compressor_utils,
+            flashmla_sparse,
+            indexer,
+            sparse_swa,
+        )
 
         decodes, prefills = len(step.decodes), len(step.prefills)
         requests, decoded = decodes + prefills, sum(step.decodes)
@@ -144,6 +149,15 @@ class Caller:
             self.per_token,
             self.all_compressed,
             max_compressed_tokens=self.all_compressed.shape[1],
+        )
+        compressor_utils.get_compressed_slot_mapping(
+            step.tokens,
+            self.lengths[: requests + 1],
+            seq_lens,
+            table,
+            BLOCK // 4,
+            4,
+            out=meta(MOST_TOKENS, dtype=torch.int64),
         )
         # Each request has as many tokens before the step as in it.
         compressed = torch.tensor(step.prefills, dtype=torch.int32) * 2 // 4
@@ -289,6 +303,10 @@ class Caller:
             )
 
     def _attend(self, layer: torch.nn.Module, step: Step) -> None:
+        from vllm.models.deepseek_v4.common.ops import fused_q_kv_rmsnorm
+
+        latents, q_norm, kv_norm = meta(step.tokens, 1536), meta(1024), meta(512)
+        fused_q_kv_rmsnorm(*latents.split([1024, 512], dim=-1), q_norm, kv_norm, 1e-6)
         q = meta(step.tokens, layer.padded_heads, 512)
         out = torch.empty_like(q)
         decoded, ratio = sum(step.decodes), layer.compress_ratio
@@ -348,11 +366,18 @@ class Caller:
 
     def _index(self, module: torch.nn.Module, step: Step) -> None:
         from vllm.model_executor.layers.sparse_attn_indexer import kv_cache_as_quant_view
+        from vllm.models.deepseek_v4.common.ops import fused_indexer_q_rope_quant
         from vllm.utils import deep_gemm
 
         heads, decoded = module.n_head, sum(step.decodes)
-        q = meta(step.tokens, heads, 128, dtype=torch.float8_e4m3fn)
-        weights = meta(step.tokens, heads, dtype=torch.float32)
+        q, weights = fused_indexer_q_rope_quant(
+            meta(MOST_TOKENS, dtype=torch.int64)[: step.tokens],
+            meta(step.tokens, heads, 128),
+            meta(MAX_MODEL_LEN, 64, dtype=torch.float32),
+            meta(step.tokens, heads),
+            module.softmax_scale,
+            heads**-0.5,
+        )
         if step.decodes:
             # Requests of unlike lengths are made single tokens of their own, as vLLM flattens them.
             even = len(set(step.decodes)) == 1
