@@ -263,6 +263,29 @@ def test_a_server_that_never_answers_is_stopped_with_the_budget(tmp_path):
     assert time.monotonic() - began < 30
 
 
+HANGS = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        time.sleep(600)
+    def log_message(self, *words):
+        pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_a_spent_budget_is_said_and_has_its_own_status(tmp_path):
+    status, found = call(tmp_path, serve_by(tmp_path, HANGS), "--budget", "19")
+    assert status == 3
+    assert [row["kind"] for row in found] == ["start", "request", "stopped"]
+    assert found[-1]["before"] == "request number=1"
+    assert "the budget of 19 s is spent" in found[-1]["why"]
+
+
 def test_the_report_of_no_file_is_an_error(tmp_path, capsys):
     assert program.main(["--report", str(tmp_path / "none.jsonl")]) == 1
     assert "none.jsonl" in capsys.readouterr().err

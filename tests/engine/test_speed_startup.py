@@ -62,8 +62,9 @@ def test_a_line_that_is_missing_leaves_its_time_to_the_next_stage():
 
 def test_lines_of_another_start_and_lines_without_a_stamp_are_passed_over():
     old = line(-100.0, "EngineCore", "Starting to load model m...")
+    late = line(100.0, "EngineCore", "Starting to load model m...")
     bare = "(EngineCore pid=7) Starting to load model m..."
-    assert startup.stages(f"{old}\n{bare}\n", SPAWNED, READY_AT) == [Stage(READY, 63.5)]
+    assert startup.stages(f"{old}\n{bare}\n{late}\n", SPAWNED, READY_AT) == [Stage(READY, 63.5)]
 
 
 def test_compilations_count_in_the_stage_that_they_ended_in():
