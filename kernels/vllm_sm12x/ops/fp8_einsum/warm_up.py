@@ -33,7 +33,7 @@ def warm_up(
         a = torch.empty(groups, count, k, dtype=torch.float8_e4m3fn, device="meta")
         fp8_einsum_bhr_hdr(
             a.transpose(0, 1),
-            torch.empty(count, groups, k // BLOCK, device="meta"),
+            torch.empty(count, groups, k // BLOCK, dtype=torch.float32, device="meta"),
             stand_in(weight),
             stand_in(weight_scale),
             torch.empty(count, groups, n, dtype=torch.bfloat16, device="meta"),

@@ -14,8 +14,8 @@ def warm_up(heads: int) -> None:
     fp8_mqa_logits(
         torch.empty(tokens, heads, HEAD_DIM, dtype=torch.float8_e4m3fn, device="meta"),
         torch.empty(keys, HEAD_DIM, dtype=torch.float8_e4m3fn, device="meta"),
-        torch.empty(keys, device="meta"),
-        torch.empty(tokens, heads, device="meta"),
+        torch.empty(keys, dtype=torch.float32, device="meta"),
+        torch.empty(tokens, heads, dtype=torch.float32, device="meta"),
         int32,
         int32,
         implementation="triton",

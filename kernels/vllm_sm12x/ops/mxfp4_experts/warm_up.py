@@ -39,7 +39,7 @@ def warm_up(
         mxfp4_experts(
             hidden_states,
             *map(stand_in, weights),
-            torch.empty(count, top_k, device="meta"),
+            torch.empty(count, top_k, dtype=torch.float32, device="meta"),
             torch.empty(count, top_k, dtype=ids_dtype, device="meta"),
             torch.empty_like(hidden_states),
             swiglu_limit=swiglu_limit,

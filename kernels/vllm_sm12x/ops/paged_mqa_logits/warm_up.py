@@ -30,7 +30,7 @@ def warm_up(
         fp8_paged_mqa_logits(
             torch.empty(count, 1, heads, HEAD_DIM, dtype=torch.float8_e4m3fn, device="meta"),
             stand_in(kv_cache),
-            torch.empty(count, heads, device="meta"),
+            torch.empty(count, heads, dtype=torch.float32, device="meta"),
             torch.empty(count, 1, dtype=torch.int32, device="meta"),
             torch.empty(count, 1, dtype=torch.int32, device="meta"),
             max_model_len,
