@@ -296,7 +296,8 @@ def mixed_requests_at_once(served: Served) -> None:
             else:
                 assert reply.finish == "length", reply
                 assert reply.usage.completion_tokens == wanted["max_tokens"]
-                assert reply.content or reply.reasoning
+                # A single token may be half a character, or special: no text.
+                assert reply.content or reply.reasoning or wanted["max_tokens"] == 1
     _nothing_runs(served)
 
 
