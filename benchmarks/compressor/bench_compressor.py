@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks import harness
-from benchmarks.contest import contest
+from benchmarks.contest import contest, relative_error
 from vllm_sm12x import lowering
 from vllm_sm12x.ops import fp8_ds_mla
 from vllm_sm12x.ops.compressor import HEAD_DIM, kernel, reference
@@ -162,8 +162,7 @@ def error_of(call: harness.Call, given: Inputs, expected: torch.Tensor) -> float
     call()
     if len(expected) == 0:
         return float(given.cache.count_nonzero() > 0)
-    error = (entries(given) - expected).square().mean()
-    return float(error.sqrt() / expected.square().mean().sqrt())
+    return relative_error(entries(given), expected)
 
 
 def needed_bytes(given: Inputs) -> int:
