@@ -52,6 +52,9 @@ def every_address_is_inside_a_tensor(monkeypatch):
             pointers = args[position]
             size = pointers.get_element_ty().primitive_bitwidth // 8
             formed = pointers.data.astype(np.uint64)
+            lowest, highest = int(formed.min()), int(formed.max()) + size
+            if any(first <= lowest and highest <= end for first, end in spans):
+                return real(*args, **kwargs)
             inside = np.zeros(formed.shape, dtype=bool)
             for first, end in spans:
                 inside |= (formed >= first) & (formed + np.uint64(size) <= end)
