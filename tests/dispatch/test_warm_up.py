@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from child_checks import run_checks
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -25,38 +26,14 @@ ROOT = HERE.parents[1]
 def test_no_step_of_serving_compiles():
     kernels = [] if importlib.util.find_spec("vllm_sm12x") else [str(ROOT / "kernels")]
     paths = [str(ROOT), *kernels, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "SM12X_PORTABLE": "all",
-        "SM12X_KERNELS": "all",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    environment.pop("SM12X_LOWERING", None)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:warnings",
-            "--override-ini=python_files=check_*.py",
-            str(HERE / "warm_up"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
+    run_checks(
+        HERE / "warm_up",
+        at_least=35,
+        PYTHONPATH=os.pathsep.join(paths),
+        SM12X_PORTABLE="all",
+        SM12X_KERNELS="all",
+        SM12X_LOWERING="auto",
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    counted = re.search(r"^(\d+) passed in ", done.stdout, re.MULTILINE)
-    assert counted and int(counted[1]) == 35, done.stdout[-2000:]
 
 
 def test_vllm_warms_up_before_it_captures(choose, monkeypatch):

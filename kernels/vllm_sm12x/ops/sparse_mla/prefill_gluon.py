@@ -23,8 +23,9 @@ from vllm_sm12x.ops.sparse_mla.decode_gluon import middle
 _LOG2_E = gl.constexpr(math.log2(math.e))
 _LN_2 = gl.constexpr(math.log(2))
 
-# As in the Triton kernel.
-_VARIABLE = [
+# These change from call to call, or are 1 in one call and not in the next: a kernel for each of
+# their kinds would be compiled while serving. In the Triton kernel too.
+VARIABLE = [
     "indices_ptr",
     "lens_ptr",
     "sink_ptr",
@@ -57,7 +58,7 @@ def _start_copy(keys, kv_ptr, kv_stride, row, column):
     async_copy.commit_group()
 
 
-@gluon.jit(do_not_specialize=_VARIABLE)
+@gluon.jit(do_not_specialize=VARIABLE)
 def prefill_kernel(
     q_ptr,
     kv_ptr,

@@ -24,24 +24,8 @@ from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig, prefill_conf
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
-# These change from call to call, or are 1 in one call and not in the next: a kernel for each of
-# their kinds would be compiled while serving.
-_VARIABLE = [
-    "indices_ptr",
-    "lens_ptr",
-    "sink_ptr",
-    "lse_ptr",
-    "rows",
-    "width",
-    "indices_stride",
-    "lens_stride",
-    "sink_stride",
-    "lse_token_stride",
-    "lse_head_stride",
-]
 
-
-@triton.jit(do_not_specialize=_VARIABLE)
+@triton.jit(do_not_specialize=prefill_gluon.VARIABLE)
 def prefill_kernel(
     q_ptr,
     kv_ptr,
