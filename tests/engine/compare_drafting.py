@@ -23,7 +23,15 @@ from typing import Any
 
 from drafting_judge import BASE, judge
 from drafting_runs import FLAGS, Run, run, save
-from environment import add_path_options, commit, machine, now, prepare, settings
+from environment import (
+    add_path_options,
+    commit,
+    machine,
+    now,
+    path_settings,
+    prepare,
+    settings,
+)
 
 DEFAULT_RUNS = (
     BASE,
@@ -60,16 +68,35 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     add_path_options(parser)
     args = parser.parse_args()
+    if BASE not in args.runs:
+        args.runs.insert(0, BASE)
     try:
         for name in args.runs:
             Run.of(name)
+        check_kept(args)
     except ValueError as error:
         parser.error(str(error))
-    if BASE not in args.runs:
-        args.runs.insert(0, BASE)
     # Others are held against it, and preemption needs to know how many blocks it used.
     args.runs.sort(key=lambda name: name != BASE)
     return args
+
+
+def check_kept(args: argparse.Namespace) -> None:
+    """Only runs of one setting are held against each other.
+
+    Raises:
+        ValueError: A run that is kept was made with another; the message says which.
+    """
+    for name in args.runs:
+        if not (args.folder / f"{name}.json").is_file():
+            continue
+        kept = load(args.folder, name)
+        for variable, value in path_settings(args).items():
+            if kept[variable] != value:
+                raise ValueError(
+                    f"{args.folder}: {name} was made with {variable}={kept[variable]}, and "
+                    f"{value} is asked for; allowed: a folder for each"
+                )
 
 
 def run_here(args: argparse.Namespace) -> None:

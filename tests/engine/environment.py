@@ -28,6 +28,15 @@ def add_path_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", help="commit to name in the report where git cannot tell")
 
 
+def path_settings(args: argparse.Namespace) -> dict[str, str]:
+    """The variables that what :func:`add_path_options` parsed stands for."""
+    return {
+        "SM12X_PORTABLE": args.operations or ("all" if args.path == "portable" else "none"),
+        "SM12X_KERNELS": args.kernels,
+        "SM12X_LOWERING": args.lowering,
+    }
+
+
 def prepare(args: argparse.Namespace) -> bool:
     """Set the environment for what :func:`add_path_options` parsed, before vLLM is imported.
 
@@ -39,9 +48,7 @@ def prepare(args: argparse.Namespace) -> bool:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ["SM12X_PORTABLE"] = args.operations or ("all" if args.path == "portable" else "none")
-    os.environ["SM12X_KERNELS"] = args.kernels
-    os.environ["SM12X_LOWERING"] = args.lowering
+    os.environ.update(path_settings(args))
     guarded = args.path == "portable" and not args.operations and getattr(args, "tp", 1) == 1
     if guarded:
         import tripwire

@@ -107,7 +107,12 @@ def program(monkeypatch, tmp_path, capsys):
             name = command[command.index("--one") + 1]
             made.append(name)
             if name in gives:
-                save(gives[name], tmp_path / f"{name}.json")
+                asked = {
+                    "SM12X_PORTABLE": "all",
+                    "SM12X_KERNELS": command[command.index("--kernels") + 1],
+                    "SM12X_LOWERING": command[command.index("--lowering") + 1],
+                }
+                save(gives[name] | asked, tmp_path / f"{name}.json")
             return subprocess.CompletedProcess(command, 0 if name in gives else 1)
 
         monkeypatch.setattr(compare_drafting.subprocess, "run", start)
@@ -140,6 +145,16 @@ def test_what_is_there_is_not_made_again(program):
     code, printed = program(GOOD, "--runs", "mtp0", "mtp2")
     assert code == 0 and program.made == []
     assert "mtp2: there" in printed
+
+
+def test_runs_of_another_setting_are_not_mixed(program, capsys):
+    program(GOOD, "--runs", "mtp2", "--kernels", "all")
+    program.made.clear()
+    with pytest.raises(SystemExit):
+        program(GOOD, "--runs", "mtp2", "--kernels", "none")
+    assert program.made == []
+    message = "mtp0 was made with SM12X_KERNELS=all, and none is asked for; allowed: a folder"
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_and_the_next_is_made(program):
