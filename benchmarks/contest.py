@@ -56,12 +56,12 @@ def contest(
         unit: Calls that make one unit of work.
         **options: Of :func:`benchmarks.harness.compare`.
     """
+    # In order: what native kernels do to the process is not ours to know.
+    native_errors = _right(native, error, tolerance, threads=1)
     for lowering in lowerings or harness.LOWERINGS:
         with harness.use_lowering(lowering):
             chosen, candidates = ours(lowering)
-            # Native ones in order: what they do to the process is not ours to know.
-            errors = _right(native, error, tolerance, threads=1)
-            errors |= _right(candidates, error, tolerance, threads=THREADS)
+            errors = native_errors | _right(candidates, error, tolerance, threads=THREADS)
             calls = {**native, **candidates}
             timings = harness.compare({label: calls[label] for label in errors}, **options)
         native_us = next((timings[label].us for label in native if label in timings), None)

@@ -29,7 +29,9 @@ from benchmarks.engine.server_plugin.engine_plugin import COMPILE_LOG
 from gates import client
 from gates.launch import launched
 from stack.errors import StackError
-from tests.serving.options import LOWERINGS, MODEL_NAME, PATHS, Serve, free_port, variables
+from tests.engine.environment import LOWERINGS
+from tests.engine.flash_config import LOAD_FORMAT
+from tests.serving.options import MODEL_NAME, PATHS, Serve, free_port, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = (ROOT / "benchmarks" / "engine" / "server_plugin", ROOT / "tests" / "engine")
@@ -155,7 +157,7 @@ async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
         max_num_seqs=args.max_num_seqs,
         memory=args.memory,
         prefix_cache=False,
-        load_format=model.LOAD_FORMAT,
+        load_format=LOAD_FORMAT,
         extra=(*(_profiler(args.profile) if args.profile else ()), *args.serve),
     )
     paths = [str(path) for path in (*PLUGINS, ROOT)]

@@ -13,7 +13,6 @@ from typing import Any
 from tests.checkpoint.tokenizer import write_tokenizer
 from tests.engine.flash_config import COMPRESS_RATIOS, flash_config
 
-LOAD_FORMAT = "made"
 # The published model: two layers of the window alone, then C4A and C128A in turn.
 PUBLISHED = (0, 0, *((4, 128) * 20), 4)
 PUBLISHED_HASH_LAYERS = 3

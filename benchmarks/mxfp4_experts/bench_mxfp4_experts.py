@@ -95,23 +95,29 @@ def main() -> None:
         sets = [inputs.batch(tokens, 0)]
         touched = inputs.touched_bytes(sets[0], layer)
         sets += [inputs.batch(tokens, seed) for seed in range(1, int(SET_BYTES // touched) + 1)]
+        expected = torch.empty_like(sets[0].out)
+        run(sets[0], layer, expected, None, "reference", native)
         forms = ["bfloat16"] if tokens * TOP_K <= MOST_PAIRS else ["bfloat16", "float8"]
         for form in forms:
-            bench(sets, layer, form, theirs, arguments, report)
+            bench(sets, layer, expected, form, theirs, arguments, report)
 
 
 def bench(
     sets: list[Batch],
     layer: Layer,
+    expected: torch.Tensor,
     form: str,
     theirs: marlin.Marlin | None,
     arguments: argparse.Namespace,
     report: harness.Report,
 ) -> None:
-    """Our experts with activations of a form, beside Marlin's with bfloat16 ones."""
+    """Our experts with activations of a form, beside Marlin's with bfloat16 ones.
+
+    Args:
+        expected: The definition's result for the first of ``sets``.
+    """
     native = theirs is not None
-    out, expected = sets[0].out, torch.empty_like(sets[0].out)
-    run(sets[0], layer, expected, None, "reference", native)
+    out = sets[0].out
     tokens = len(out)
     marlins = [functools.partial(theirs, each) for each in sets] if theirs is not None else []
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from drafting_judge import BASE, judge
 from drafting_runs import FLAGS, Run, run, save
 from environment import (
     add_path_options,
+    command,
     commit,
     machine,
     now,
@@ -125,13 +125,13 @@ def load(folder: Path, name: str) -> dict[str, Any]:
 
 def command_of(args: argparse.Namespace, name: str) -> list[str]:
     """The command that makes one run, with the same options."""
-    command = [sys.executable, str(Path(__file__).resolve()), str(args.folder), "--one", name]
-    command += ["--path", args.path, "--kernels", args.kernels, "--lowering", args.lowering]
-    command += ["--memory", str(args.memory)]
+    words = [sys.executable, str(Path(__file__).resolve()), str(args.folder), "--one", name]
+    words += ["--path", args.path, "--kernels", args.kernels, "--lowering", args.lowering]
+    words += ["--memory", str(args.memory)]
     for option in ("operations", "commit"):
         if (value := getattr(args, option)) is not None:
-            command += [f"--{option}", value]
-    return command
+            words += [f"--{option}", value]
+    return words
 
 
 def make(args: argparse.Namespace) -> list[str]:
@@ -190,7 +190,7 @@ def show(args: argparse.Namespace, missing: list[str]) -> int:
     for name in missing:
         print(f"FAIL {name}: not run")
     report = {
-        "command": shlex.join(["python", "tests/engine/compare_drafting.py", *sys.argv[1:]]),
+        "command": command("compare_drafting.py", args.folder),
         "noise": {"gap": allowed.gap, "fork": allowed.fork},
         "rows": rows,
         "checks": [vars(check) for check in checks],

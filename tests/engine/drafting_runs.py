@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flash_config import LOAD_FORMAT, write_config
+
 # Of each request: tokens of the prompt, and of the answer. Prompts end around the edges of the
 # window, of a C128A entry and of a block, so that answers cross them; answers end one after the
 # other, so that a batch shrinks through sizes that graphs are padded for, and requests that wait
@@ -98,7 +100,7 @@ class Run:
         options: dict[str, Any] = {
             "model": str(folder),
             "skip_tokenizer_init": True,
-            "load_format": "made",
+            "load_format": LOAD_FORMAT,
             "model_loader_extra_config": {"lively_tokens": LIVELY_TOKENS},
             "kv_cache_dtype": "fp8",
             "block_size": 256,
@@ -213,8 +215,6 @@ def run(name: str, folder: Path, memory: float, blocks: int | None) -> dict[str,
     ``mtp0`` also answers them in other batches: how far that moves an answer is the noise.
     """
     what = Run.of(name)
-    from flash_config import write_config
-
     write_config(folder)
     from vllm import LLM
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -74,6 +76,13 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
+
+
+def command(program: str, *paths: Path | None) -> str:
+    """The command that was run, with the names of files and folders and not where they lie."""
+    names = {str(path): path.name for path in paths if path}
+    words = [names.get(word, word) for word in sys.argv[1:]]
+    return shlex.join(["python", f"tests/engine/{program}", *words])
 
 
 def now() -> str:

@@ -9,6 +9,9 @@ from pathlib import Path
 # model has [0, 0] + [4, 128] * 20 + [4], and one more entry for its MTP layer.
 COMPRESS_RATIOS = (0, 4, 128, 4, 128)
 
+# What asks for weights made in memory (`made_weights.py`), which that module alone can register.
+LOAD_FORMAT = "made"
+
 # The first layers of the published model route by a table of token ids; one suffices here.
 HASH_LAYERS = 1
 

@@ -17,8 +17,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from drawing import Kind, distinct_experts, draw
-
-LOAD_FORMAT = "made"
+from flash_config import LOAD_FORMAT
 
 # After those that begin and end a text.
 _FIRST_LIVELY = 2

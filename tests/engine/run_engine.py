@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import random
-import shlex
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 from answers import ALTERNATIVES, Answer, difference
 from drawing import LOGIT_STD
-from environment import add_path_options, commit, machine, now, prepare, settings
+from environment import add_path_options, command, commit, machine, now, prepare, settings
 from flash_config import write_config
 
 PROMPT_LENGTHS = (1, 5, 127, 130, 700, 3000)
@@ -188,13 +187,6 @@ def compare(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def command(args: argparse.Namespace) -> str:
-    """The command that was run, with the names of files and not their folders."""
-    files = {str(path): path.name for path in (args.out, args.compare) if path}
-    words = [files.get(word, word) for word in sys.argv[1:]]
-    return shlex.join(["python", "tests/engine/run_engine.py", *words])
-
-
 def save(report: dict[str, Any], path: Path | None) -> None:
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n")
@@ -235,7 +227,7 @@ def main() -> int:
         report: dict[str, Any] = {
             "date": now(),
             "commit": args.commit or commit(),
-            "command": command(args),
+            "command": command("run_engine.py", args.out, args.compare),
             "machine": machine(),
             **settings(),
             "mtp": args.mtp,

@@ -8,10 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.engine.environment import LOWERINGS
+
 HOST = "127.0.0.1"
 MODEL_NAME = "deepseek-v4-made"
 PATHS = ("portable", "native")
-LOWERINGS = ("auto", "native", "sm120")
 
 
 @dataclass(frozen=True)

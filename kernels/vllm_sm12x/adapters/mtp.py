@@ -60,13 +60,16 @@ def setting() -> str:
     return parse_setting(os.environ.get(ENV, "auto"))
 
 
+def is_deepseek_v4(vllm_config: VllmConfig) -> bool:
+    """Whether the engine serves DeepSeek V4."""
+    hf_config = getattr(vllm_config.model_config, "hf_config", None)
+    return getattr(hf_config, "model_type", None) == "deepseek_v4"
+
+
 def is_deepseek_v4_mtp(vllm_config: VllmConfig) -> bool:
     """Whether the engine serves DeepSeek V4 and drafts with its MTP layer."""
     drafting = vllm_config.speculative_config
-    if drafting is None or drafting.method != "mtp":
-        return False
-    hf_config = getattr(vllm_config.model_config, "hf_config", None)
-    return getattr(hf_config, "model_type", None) == "deepseek_v4"
+    return drafting is not None and drafting.method == "mtp" and is_deepseek_v4(vllm_config)
 
 
 def skips_full_decode_graphs(vllm_config: VllmConfig, cudagraph_mode: CUDAGraphMode) -> bool:

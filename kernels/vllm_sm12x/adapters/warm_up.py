@@ -25,6 +25,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
+from vllm_sm12x.adapters.mtp import is_deepseek_v4
 from vllm_sm12x.adapters.warm_up_runner import add_runner
 from vllm_sm12x.dispatch import portable_operations
 from vllm_sm12x.implementation import kernel_operations
@@ -126,9 +127,8 @@ def warm_up_mixed_batch(worker: Worker) -> None:
 
 
 def _applies(worker: Worker) -> bool:
-    hf_config = getattr(worker.vllm_config.model_config, "hf_config", None)
-    is_deepseek_v4 = getattr(hf_config, "model_type", None) == "deepseek_v4"
-    return is_deepseek_v4 and bool(portable_operations()) and torch.cuda.is_available()
+    portable = bool(portable_operations()) and is_deepseek_v4(worker.vllm_config)
+    return portable and torch.cuda.is_available()
 
 
 def calls_of(worker: Worker, operations: frozenset[str], capability: tuple[int, int]) -> Calls:
