@@ -5,13 +5,12 @@ from __future__ import annotations
 import fcntl
 import io
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import tarfile
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stack.errors import StackError
@@ -26,6 +25,21 @@ REVISION = "0" * 40
 # Seconds after which a test is given up. Some start vLLM anew in child processes, and on a busy
 # machine a limit of 300 has been too low.
 TEST_LIMIT = 900
+# What upstream's tests/conftest.py imports, which takes longer than most test files.
+IMPORTED = (
+    "PIL.Image",
+    "torch._inductor.utils",
+    "transformers.models.auto.auto_factory",
+    "vllm.assets.audio",
+    "vllm.assets.image",
+    "vllm.assets.video",
+    "vllm.connections",
+    "vllm.distributed",
+    "vllm.entrypoints.llm",
+    "vllm.multimodal.media",
+    "vllm.multimodal.utils",
+    "vllm.sampling_params",
+)
 # pytest's own exit statuses: all passed, some failed, interrupted by a collection error, none.
 PYTEST_ENDS = (0, 1, 2, 5)
 
@@ -114,51 +128,84 @@ def run(
         workers: How many groups run at once.
 
     Raises:
-        StackError: A file is not in the release, or pytest wrote no outcome of a group.
+        StackError: A file is not in the release, pytest wrote no outcome of a group, or the
+            process that starts the others ended early; the message says where its words are.
     """
     for entry in itertools.chain.from_iterable(groups):
         file = entry.partition("::")[0]
         if not (folder / file).is_file():
             raise StackError(f"{file} is not in vLLM {load_pin().version}", "mend map.toml")
+    logs = [_log(folder, group) for group in groups]
+    work = {
+        "imports": IMPORTED,
+        "workers": workers,
+        "groups": [
+            {"arguments": _arguments(group, log), "output": str(log.with_suffix(".txt"))}
+            for group, log in zip(groups, logs, strict=True)
+        ],
+    }
     outcomes: dict[str, Outcome] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(lambda group: _run_group(python, folder, group), groups):
-            outcomes |= found
+    given, said = (folder / "logs" / f"prepared.{ending}" for ending in ("json", "txt"))
+    given.parent.mkdir(exist_ok=True)
+    given.write_text(json.dumps(work), encoding="utf-8")
+    left = len(groups)
+    with (
+        given.open("rb") as asked,
+        said.open("wb") as errors,
+        subprocess.Popen(
+            [str(python), str(HERE / "prepared.py")],
+            cwd=folder,
+            env=environment(folder),
+            stdin=asked,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            end = json.loads(line)
+            place = end["group"]
+            outcomes |= _outcomes(groups[place], logs[place], end["status"], end["seconds"])
+            left -= 1
+    if left or process.returncode:
+        raise StackError(
+            f"{left} of {len(groups)} groups were not run (exit {process.returncode})",
+            f"see {said}",
+        )
     return outcomes
 
 
-def _run_group(python: Path, folder: Path, files: Sequence[str]) -> dict[str, Outcome]:
-    started = time.monotonic()
-    title = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+def _log(folder: Path, files: Sequence[str]) -> Path:
+    """Where the outcomes of a group go; none of an earlier run are left there."""
     name = files[0].partition("::")[0].removesuffix(".py").replace("/", "-")
     log = folder / "logs" / f"{name}.jsonl"
     log.parent.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
-    text = log.with_suffix(".txt")
-    command = [
-        *(python, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "--tb=short"),
-        *(f"--timeout={TEST_LIMIT}", "--continue-on-collection-errors", f"--report-log={log}"),
+    return log
+
+
+def _arguments(files: Sequence[str], log: Path) -> list[str]:
+    return [
+        *(*files, "-q", "-p", "no:cacheprovider", "--tb=short", f"--timeout={TEST_LIMIT}"),
+        *("--continue-on-collection-errors", f"--report-log={log}"),
     ]
-    with text.open("wb") as output:
-        done = subprocess.run(
-            [str(part) for part in command],
-            cwd=folder,
-            env=environment(folder),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
+
+
+def _outcomes(files: Sequence[str], log: Path, status: int, seconds: float) -> dict[str, Outcome]:
+    """What the tests of a group came to, which is also printed in a line."""
+    title = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    text = log.with_suffix(".txt")
     found = read(log) if log.exists() else {}
     if not found:
-        raise StackError(f"{title}: pytest left no outcome (exit {done.returncode})", f"see {text}")
+        raise StackError(f"{title}: pytest left no outcome (exit {status})", f"see {text}")
     counts = [
         f"{number} {result}"
         for result in (PASSED, FAILED, SKIPPED)
         if (number := sum(outcome.result == result for outcome in found.values()))
     ]
-    print(f"  {title}: {', '.join(counts)} [{time.monotonic() - started:.0f} s]", flush=True)
-    if done.returncode not in PYTEST_ENDS:
+    print(f"  {title}: {', '.join(counts)} [{seconds:.0f} s]", flush=True)
+    if status not in PYTEST_ENDS:
         # What had not run yet is missing, and the comparison says so.
-        print(f"  {title}: pytest was ended by {done.returncode}; see {text}", flush=True)
+        print(f"  {title}: pytest was ended by {status}; see {text}", flush=True)
     return found
