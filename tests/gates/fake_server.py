@@ -19,6 +19,9 @@ from typing import Any
 from aiohttp import web
 
 TEMPLATE_TOKENS = 7
+# Seconds that a busy machine may add between the server's record of a moment and the client's, or
+# to a sleep. What is played differs by more.
+LATE = 0.15
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,22 @@ class Sent:
     came: float
     chunks: list[tuple[float, int]] = field(default_factory=list)
     ended: float | None = None
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from its coming to the first chunk: what was played, and the server's delay."""
+        return self.chunks[0][0] - self.came
+
+    @property
+    def span(self) -> float:
+        """Seconds from the first chunk to the last."""
+        return self.chunks[-1][0] - self.chunks[0][0]
+
+    @property
+    def longest_stall(self) -> float:
+        """The most seconds between two chunks."""
+        times = [at for at, _ in self.chunks]
+        return max(b - a for a, b in zip(times, times[1:], strict=False))
 
 
 class FakeServer:
