@@ -1,0 +1,256 @@
+"""Instructions whose result follows from the operands of the same thread alone.
+
+As the PTX ISA defines them. Where it allows an error (``ex2.approx``, ``rsqrt.approx``,
+``div.full``) the result here is the nearest number. A fused multiply-add is rounded once to float64
+and once to float32, which may differ from the GPU's by one place in rare cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from emulator import types
+from emulator.errors import PtxError
+
+Function = Callable[..., np.ndarray]
+
+_WIDER = {np.int32: np.int64, np.uint32: np.uint64, np.int16: np.int32, np.uint16: np.uint32}
+
+
+def shift(value: np.ndarray, amount: np.ndarray, left: bool) -> np.ndarray:
+    """Shift by an unsigned amount; one past the width shifts everything out."""
+    bits = 8 * value.itemsize
+    inside = np.minimum(amount, np.uint32(bits - 1)).astype(value.dtype)
+    moved = value << inside if left else value >> inside
+    if (amount < bits).all():
+        return moved
+    rest = np.zeros_like(moved) if left else value >> value.dtype.type(bits - 1)
+    if not left and value.dtype.kind == "u":
+        rest = np.zeros_like(moved)
+    return np.where(amount < bits, moved, rest)
+
+
+def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Integer division toward zero."""
+    found = a // b
+    if a.dtype.kind == "i":
+        found = found + ((found < 0) & (found * b != a)).astype(a.dtype)
+    return found
+
+
+def extract(value: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Bit field (``bfe``) of a 32-bit value; signed where the value's type is."""
+    start, length = int(start[0]) & 0xFF, int(length[0]) & 0xFF
+    if start + length > 32:
+        raise PtxError(f"bfe: bits {start} to {start + length}, allowed: to 32")
+    left = np.array(32 - start - length, value.dtype)
+    return (value << left) >> np.array(32 - length, value.dtype)
+
+
+def permute(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
+    """``prmt.b32``: each byte of the result is one of the eight of ``b:a``, or its sign."""
+    eight = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
+    found = np.uint64(0)
+    for byte in range(4):
+        selector = (selectors >> np.uint32(4 * byte)) & np.uint32(0xF)
+        chosen = (
+            eight >> ((selector & np.uint32(7)).astype(np.uint64) * np.uint64(8))
+        ) & np.uint64(0xFF)
+        sign = np.where(chosen >> np.uint64(7), np.uint64(0xFF), np.uint64(0))
+        found = found | (np.where(selector >> np.uint32(3), sign, chosen) << np.uint64(8 * byte))
+    return found.astype(np.uint32)
+
+
+def multiply_bfloat16(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Products of bfloat16 numbers, rounded once: a product is exact in float32."""
+    product = types.bfloat16_to_float32(a) * types.bfloat16_to_float32(b)
+    return types.float32_to_bfloat16(product)
+
+
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """``a * b + c`` of float32."""
+    exact = a.astype(np.float64) * b.astype(np.float64)
+    return (exact + c.astype(np.float64)).astype(np.float32)
+
+
+def wide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Product in the type of twice the width."""
+    kind = _WIDER[a.dtype.type]
+    return a.astype(kind) * b.astype(kind)
+
+
+def high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Upper half of the product of 32-bit integers."""
+    return (wide(a, b) >> 32).astype(a.dtype)
+
+
+def smaller_magnitude(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``min.NaN.xorsign.abs``: the smaller magnitude, negative where one sign is."""
+    sign = np.signbit(a) ^ np.signbit(b)
+    magnitude = np.minimum(np.abs(a), np.abs(b))
+    return np.where(sign, -magnitude, magnitude).astype(np.float32)
+
+
+def flushed(value: np.ndarray) -> np.ndarray:
+    """Subnormal float32 numbers as zeros of their sign (``.ftz``)."""
+    small = np.abs(value) < np.float32(2.0**-126)
+    return np.where(small, np.copysign(np.float32(0), value), value)
+
+
+_FLOAT = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "mul.rn": np.multiply,
+    "div.full": np.divide,
+    "div.rn": np.divide,
+    "fma.rn": fused,
+    "max": np.fmax,
+    "min": np.fmin,
+    "max.NaN": np.maximum,
+    "min.NaN": np.minimum,
+    "min.NaN.xorsign.abs": smaller_magnitude,
+    "abs": np.abs,
+    "neg": np.negative,
+    "ex2.approx": np.exp2,
+    "rsqrt.approx": lambda x: (1 / np.sqrt(x.astype(np.float64))).astype(np.float32),
+}
+
+_INTEGER = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul.lo": np.multiply,
+    "mul.hi": high,
+    "mul.wide": wide,
+    "mad.lo": lambda a, b, c: a * b + c,
+    "div": quotient,
+    "rem": lambda a, b: a - quotient(a, b) * b,
+    "max": np.maximum,
+    "min": np.minimum,
+    "min.relu": lambda a, b: np.maximum(np.minimum(a, b), 0).astype(a.dtype),
+    "neg": np.negative,
+    "abs": np.abs,
+}
+
+_BITS = {
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "mov": lambda a: a,
+}
+
+_PAIRS = {
+    "add.f32x2": np.add,
+    "sub.f32x2": np.subtract,
+    "mul.f32x2": np.multiply,
+    "fma.rn.f32x2": fused,
+    "add.s16x2": np.add,
+    "mul.rn.bf16x2": multiply_bfloat16,
+    "abs.bf16x2": lambda a: a & np.uint16(0x7FFF),
+}
+
+_COMPARE = {
+    "eq": np.equal,
+    "ne": lambda a, b: (a != b) & (a == a) & (b == b),
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "neu": np.not_equal,
+}
+
+
+def simple(opcode: str) -> tuple[tuple[type[np.generic], ...], Function] | None:
+    """The type of each operand and the function of them, or None for another sort of opcode.
+
+    The last type is that of all further operands.
+    """
+    name, _, kind = opcode.rpartition(".")
+    if kind in types.PAIRS and opcode in _PAIRS:
+        whole, each = types.PAIRS[kind]
+        return (whole,), _in_pairs(_PAIRS[opcode], whole, each)
+    if kind not in types.DTYPES:
+        return None
+    dtype = types.DTYPES[kind]
+    if kind == "f32":
+        flush = name.endswith(".ftz")
+        function = _FLOAT.get(name.removesuffix(".ftz"))
+        if function is not None:
+            return (dtype,), _flushing(function) if flush else function
+    if kind[0] in "us" and name in _INTEGER:
+        return (dtype,), _INTEGER[name]
+    if name in _BITS:
+        return (dtype,), _BITS[name]
+    if name in ("shl", "shr"):
+        return (dtype, np.uint32), lambda a, n: shift(a, n, name == "shl")
+    if name == "mad.wide":
+        wider = _WIDER[dtype]
+        return (dtype, dtype, wider), lambda a, b, c: wide(a, b) + c
+    if name == "bfe":
+        return (dtype, np.uint32), extract
+    if opcode == "prmt.b32":
+        return (dtype,), permute
+    if name == "selp":
+        return (dtype, dtype, np.bool_), lambda a, b, p: np.where(p, a, b)
+    if name.startswith("setp.") and name[5:] in _COMPARE:
+        return (dtype,), _COMPARE[name[5:]]
+    return None
+
+
+def _in_pairs(function: Function, whole: type[np.generic], each: type[np.generic]) -> Function:
+    def apply(*values: np.ndarray) -> np.ndarray:
+        size = max(value.size for value in values)
+        halves = [np.ascontiguousarray(np.broadcast_to(v, size)).view(each) for v in values]
+        return np.ascontiguousarray(function(*halves)).view(whole)
+
+    return apply
+
+
+def _flushing(function: Function) -> Function:
+    return lambda *values: flushed(function(*map(flushed, values)))
+
+
+def _two_bfloat16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return _joined(types.float32_to_bfloat16(high), types.float32_to_bfloat16(low))
+
+
+def _two_e4m3(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    high, low = types.float32_to_e4m3(high), types.float32_to_e4m3(low)
+    return (high.astype(np.uint16) << np.uint16(8)) | low
+
+
+def _float16_of_e4m3(two: np.ndarray) -> np.ndarray:
+    def half(bits: np.ndarray) -> np.ndarray:
+        return types.e4m3_to_float32(bits).astype(np.float16).view(np.uint16)
+
+    return _joined(half(two >> np.uint16(8)), half(two & np.uint16(0xFF)))
+
+
+def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return (high.astype(np.uint32) << np.uint32(16)) | low
+
+
+_CONVERSIONS = {
+    "cvt.f32.bf16": (np.uint16, types.bfloat16_to_float32),
+    "cvt.f32.f16": (np.uint16, types.float16_to_float32),
+    "cvt.rn.bf16.f32": (np.float32, types.float32_to_bfloat16),
+    "cvt.rn.bf16x2.f32": (np.float32, _two_bfloat16),
+    "cvt.rn.satfinite.e4m3x2.f32": (np.float32, _two_e4m3),
+    "cvt.rn.f16x2.e4m3x2": (np.uint16, _float16_of_e4m3),
+    "cvt.rn.f32.s32": (np.int32, lambda a: a.astype(np.float32)),
+}
+
+
+def conversion(opcode: str) -> tuple[type[np.generic], Function] | None:
+    """The type of a ``cvt``'s operands and the function of them."""
+    if opcode in _CONVERSIONS:
+        return _CONVERSIONS[opcode]
+    name, *kinds = opcode.split(".")
+    if name == "cvt" and len(kinds) == 2 and all(kind[0] in "us" for kind in kinds):
+        to, of = (types.DTYPES.get(kind) for kind in kinds)
+        if to and of:
+            return of, lambda a: a.astype(to)
+    return None

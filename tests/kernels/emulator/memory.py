@@ -1,0 +1,269 @@
+"""Global memory and a block's shared memory, with what may not be done to them.
+
+Global memory is that of the tensors that a launch was given, at their own addresses. Shared memory
+is an array a block. Every access is checked: whether it lies inside, whether it is aligned to its
+size, and in shared memory whether it was written, whether a copy to it is still under way, and
+whether another warp may touch it at the same time.
+
+That last check is by time, counted in barriers of the block. Two accesses to one byte by two warps,
+of which one writes, are a race unless a barrier of the block lies between. Threads of a warp are
+taken as in step. Two that write the same value are left alone: Triton lets threads that hold copies
+of one element all store it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Iterable
+
+import numpy as np
+
+from emulator.errors import KernelFault
+
+# Where shared memory begins in its own address space, on GPUs that keep 1 KiB for the driver.
+SHARED_BASE = 1024
+
+# Buffers are read in words of up to 8 bytes. Rounded outward to this, none crosses a page.
+_WORD = 16
+
+# A stamp is a time and a warp. A warp that is none means: several.
+_WARPS = 64
+_SEVERAL = _WARPS - 1
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class GlobalMemory:
+    """Memory of tensors, by address.
+
+    Args:
+        spans: First byte and the one past the last of each tensor; they may overlap.
+    """
+
+    def __init__(self, spans: Iterable[tuple[int, int]]) -> None:
+        merged: list[list[int]] = []
+        for first, end in sorted(span for span in spans if span[0] < span[1]):
+            if merged and first < merged[-1][1]:
+                merged[-1][1] = max(end, merged[-1][1])
+            else:
+                merged.append([first, end])
+        self._firsts = [first for first, _ in merged]
+        self._spans = [_Span(first, end) for first, end in merged]
+
+    def load(self, addresses: np.ndarray, size: int, count: int) -> list[np.ndarray]:
+        """``count`` neighbouring words of ``size`` bytes, from each address.
+
+        Raises:
+            KernelFault: An address is outside every tensor, or not aligned.
+        """
+        found = [np.empty(addresses.size, _UNSIGNED[size]) for _ in range(count)]
+        for span, lanes in self._find(addresses, size * count):
+            place = span.place(addresses[lanes], size)
+            for index, words in enumerate(found):
+                words[lanes] = span.words(size)[place + index]
+        return found
+
+    def store(self, addresses: np.ndarray, words: list[np.ndarray]) -> None:
+        """Neighbouring words to each address.
+
+        Raises:
+            KernelFault: An address is outside every tensor, or not aligned, or two threads store
+                different values to one.
+        """
+        size = words[0].itemsize
+        for span, lanes in self._find(addresses, size * len(words)):
+            place = span.place(addresses[lanes], size)
+            for index, word in enumerate(words):
+                memory = span.words(size)
+                memory[place + index] = word[lanes]
+                if not np.array_equal(memory[place + index], word[lanes]):
+                    raise KernelFault("threads store different values to one address")
+
+    def _find(self, addresses: np.ndarray, size: int):
+        """Each span that is touched, with the positions of the addresses that touch it."""
+        _aligned(addresses, size)
+        lowest, highest = int(addresses.min()), int(addresses.max())
+        at = bisect_right(self._firsts, lowest) - 1
+        if at >= 0 and highest + size <= self._spans[at].end:
+            yield self._spans[at], slice(None)
+            return
+        at = np.searchsorted(np.array(self._firsts, np.uint64), addresses, side="right") - 1
+        ends = np.array([span.end for span in self._spans], np.uint64)
+        outside = (at < 0) | (addresses + np.uint64(size) > ends[at])
+        if outside.any():
+            raise KernelFault(
+                f"{int(outside.sum())} of {addresses.size} addresses are outside every tensor, the"
+                f" first {int(addresses[outside][0]):#x}, for {size} bytes"
+            )
+        for index in np.unique(at):
+            yield self._spans[index], np.flatnonzero(at == index)
+
+
+class _Span:
+    """Tensors' memory in one piece, as words."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self.end = end
+        self._base = first // _WORD * _WORD
+        length = -(-(end - self._base) // _WORD) * _WORD
+        memory = np.frombuffer((ctypes.c_uint8 * length).from_address(self._base), np.uint8)
+        self._words = {size: memory.view(kind) for size, kind in _UNSIGNED.items()}
+
+    def words(self, size: int) -> np.ndarray:
+        return self._words[size]
+
+    def place(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        return ((addresses - np.uint64(self._base)) // np.uint64(size)).astype(np.int64)
+
+
+class SharedMemory:
+    """Shared memory of the blocks that run together.
+
+    Args:
+        blocks: How many.
+        size: Bytes of each.
+        grain: Every access is of a multiple of so many bytes, at a multiple of them.
+    """
+
+    def __init__(self, blocks: int, size: int, grain: int) -> None:
+        self._size = size
+        self._stride = -(-size // _WORD) * _WORD
+        self._grain = grain
+        # What was never written is no number in any format.
+        memory = np.full(blocks * self._stride, 0xFF, np.uint8)
+        self._words = {width: memory.view(kind) for width, kind in _UNSIGNED.items()}
+        grains = blocks * self._stride // grain
+        self._wrote = np.zeros(grains, np.int64)
+        self._read = np.zeros(grains, np.int64)
+        self._under_way = np.zeros(grains, bool)
+        self._time = np.ones(blocks, np.int64)
+
+    def barrier(self, block: int) -> None:
+        """What a block did until now is done before what it does from now on."""
+        self._time[block] += 1
+
+    def load(
+        self, blocks: np.ndarray, warps: np.ndarray, addresses: np.ndarray, size: int, count: int
+    ) -> list[np.ndarray]:
+        """``count`` neighbouring words of ``size`` bytes, from each address of a thread.
+
+        Raises:
+            KernelFault: See the module.
+        """
+        place = self._place(blocks, addresses, size * count)
+        self._check_load(place, size * count, blocks, warps)
+        index = place // size
+        return [self._words[size][index + i] for i in range(count)]
+
+    def store(
+        self, blocks: np.ndarray, warps: np.ndarray, addresses: np.ndarray, words: list[np.ndarray]
+    ) -> None:
+        """Neighbouring words to each address of a thread.
+
+        Raises:
+            KernelFault: See the module.
+        """
+        size = words[0].itemsize
+        place = self._place(blocks, addresses, size * len(words))
+        self._check_store(place, words, blocks, warps)
+        self._write(place, words, blocks, warps)
+
+    def begin_copy(
+        self, blocks: np.ndarray, warps: np.ndarray, addresses: np.ndarray, size: int
+    ) -> np.ndarray:
+        """A copy to each address begins; until it ends nobody may touch what it goes to.
+
+        Returns:
+            What :meth:`end_copy` takes as ``place``.
+
+        Raises:
+            KernelFault: See the module.
+        """
+        place = self._place(blocks, addresses, size)
+        self._check_store(place, None, blocks, warps, size)
+        self._under_way[self._grains(place, size)] = True
+        return place
+
+    def end_copy(
+        self, blocks: np.ndarray, warps: np.ndarray, place: np.ndarray, words: list[np.ndarray]
+    ) -> None:
+        """Copies have ended, for the threads that began them."""
+        self._under_way[self._grains(place, words[0].itemsize * len(words))] = False
+        self._write(place, words, blocks, warps)
+
+    def _write(self, place, words, blocks, warps) -> None:
+        size = words[0].itemsize
+        index = place // size
+        memory = self._words[size]
+        for i, word in enumerate(words):
+            memory[index + i] = word
+            if not np.array_equal(memory[index + i], word):
+                raise KernelFault("threads store different values to one shared address")
+        grains = self._grains(place, size * len(words))
+        self._wrote[grains] = self._now(blocks, warps)[:, None]
+
+    def _place(self, blocks: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
+        """Index of the first byte of each access, in all blocks' memory."""
+        _aligned(addresses, size)
+        inside = addresses.astype(np.int64) - SHARED_BASE
+        outside = (inside < 0) | (inside + size > self._size)
+        if outside.any():
+            raise KernelFault(
+                f"{int(outside.sum())} of {addresses.size} shared addresses are outside, the first"
+                f" {int(inside[outside][0])} for {size} bytes of {self._size}"
+            )
+        return blocks * self._stride + inside
+
+    def _grains(self, place: np.ndarray, size: int) -> np.ndarray:
+        return (place // self._grain)[:, None] + np.arange(size // self._grain)
+
+    def _now(self, blocks: np.ndarray, warps: np.ndarray) -> np.ndarray:
+        return self._time[blocks] * _WARPS + warps
+
+    def _check_load(self, place, size, blocks, warps) -> None:
+        grains = self._grains(place, size)
+        now = self._now(blocks, warps)[:, None]
+        wrote, read = self._wrote[grains], self._read[grains]
+        if self._under_way[grains].any():
+            raise KernelFault("a thread reads shared memory to which a copy is under way")
+        if not wrote.all():
+            raise KernelFault("a thread reads shared memory that was never written")
+        if ((wrote != now) & (wrote // _WARPS == now // _WARPS)).any():
+            raise KernelFault(
+                "a thread reads shared memory that another warp wrote since the last barrier"
+            )
+        several = now // _WARPS * _WARPS + _SEVERAL
+        stamp = np.where((read != now) & (read // _WARPS == now // _WARPS), several, now)
+        self._read[grains] = stamp
+        # Of several warps that read a byte now, the last one stands there.
+        differ = self._read[grains] != stamp
+        self._read[grains[differ]] = np.broadcast_to(several, grains.shape)[differ]
+
+    def _check_store(self, place, words, blocks, warps, size=None) -> None:
+        size = size or words[0].itemsize * len(words)
+        grains = self._grains(place, size)
+        now = self._now(blocks, warps)[:, None]
+        if self._under_way[grains].any():
+            raise KernelFault("a thread writes shared memory to which a copy is under way")
+        read = self._read[grains]
+        if ((read != now) & (read // _WARPS == now // _WARPS)).any():
+            raise KernelFault(
+                "a thread writes shared memory that another warp read since the last barrier"
+            )
+        wrote = self._wrote[grains]
+        again = ((wrote != now) & (wrote // _WARPS == now // _WARPS)).any(axis=1)
+        if again.any() and words is not None:
+            index = place[again] // words[0].itemsize
+            memory = self._words[words[0].itemsize]
+            again = any((memory[index + i] != word[again]).any() for i, word in enumerate(words))
+        if np.any(again):
+            raise KernelFault(
+                "a thread writes shared memory where another warp wrote something else since the"
+                " last barrier"
+            )
+
+
+def _aligned(addresses: np.ndarray, size: int) -> None:
+    if (addresses & np.array(size - 1, addresses.dtype)).any():
+        raise KernelFault(f"an address is no multiple of {size}, the size of the access")
