@@ -21,7 +21,9 @@ from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.mqa_logits import config
 
 _MOST_TOKENS = tl.constexpr(config.MOST_TOKENS)
-_NO_TOKEN = tl.constexpr(2**31 - 1)
+# More than any. The compiled loop adds its steps to it, for what it would load ahead, and compares
+# the sum with the end: the sum must not overflow.
+_NO_TOKEN = tl.constexpr(2**30)
 
 # These change from call to call, or are 1 in one call and not in the next: a kernel for each of
 # their kinds would be compiled while serving.
