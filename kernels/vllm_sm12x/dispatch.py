@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import os
 
+from vllm_sm12x import settings
+
 ENV = "SM12X_PORTABLE"
 
 # Name of an operation: what the portable path replaces there.
@@ -45,22 +47,15 @@ def parse_override(value: str) -> frozenset[str] | None:
         ValueError: The value names something that is not an operation, or an operation without the
             one that it requires; the message says what is allowed.
     """
-    words = [word.strip() for word in value.split(",")]
-    if words in (["auto"], [""]):
+    forced = settings.names(ENV, value, OPERATIONS, ALLOWED)
+    if forced is None:
         return None
-    if words == ["all"]:
-        return frozenset(OPERATIONS)
-    if words == ["none"]:
-        return frozenset()
-    unknown = [word for word in words if word not in OPERATIONS]
-    if unknown:
-        raise ValueError(f"{ENV}={value!r}: {unknown[0]!r} is not allowed; allowed: {ALLOWED}")
     for operation, required in REQUIRES.items():
-        if operation in words and required not in words:
+        if operation in forced and required not in forced:
             raise ValueError(
                 f"{ENV}={value!r}: {operation} requires {required}; add it to the list"
             )
-    return frozenset(words)
+    return forced
 
 
 @functools.cache

@@ -15,6 +15,8 @@ import functools
 import os
 from typing import Literal, get_args
 
+from vllm_sm12x import settings
+
 ENV = "SM12X_KERNELS"
 
 Implementation = Literal["reference", "triton"]
@@ -46,17 +48,8 @@ def parse_setting(value: str) -> frozenset[str]:
     Raises:
         ValueError: It names something that is not an operation with a kernel.
     """
-    words = [word.strip() for word in value.split(",")]
-    if words in (["auto"], [""]):
-        return SHOWN
-    if words == ["all"]:
-        return frozenset(OPERATIONS)
-    if words == ["none"]:
-        return frozenset()
-    for word in words:
-        if word not in OPERATIONS:
-            raise ValueError(f"{ENV}={value!r}: {word!r} is not allowed; allowed: {ALLOWED}")
-    return frozenset(words)
+    chosen = settings.names(ENV, value, OPERATIONS, ALLOWED)
+    return SHOWN if chosen is None else chosen
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import os
 
+from vllm_sm12x import settings
+
 ENV = "SM12X_LOWERING"
 SETTINGS = ("auto", "native", "sm120")
 
@@ -30,10 +32,7 @@ def parse_setting(value: str) -> str:
     Raises:
         ValueError: It is none of :data:`SETTINGS`.
     """
-    setting = value.strip() or "auto"
-    if setting not in SETTINGS:
-        raise ValueError(f"{ENV}={value!r} is not allowed; allowed: {', '.join(SETTINGS)}")
-    return setting
+    return settings.choice(ENV, value, SETTINGS)
 
 
 @functools.cache

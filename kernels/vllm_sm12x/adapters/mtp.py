@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
+from vllm_sm12x import settings
 from vllm_sm12x.dispatch import portable_operations
 
 if TYPE_CHECKING:
@@ -48,10 +49,7 @@ def parse_setting(value: str) -> str:
     Raises:
         ValueError: It is none of :data:`SETTINGS`.
     """
-    setting = value.strip() or "auto"
-    if setting not in SETTINGS:
-        raise ValueError(f"{ENV}={value!r} is not allowed; allowed: {', '.join(SETTINGS)}")
-    return setting
+    return settings.choice(ENV, value, SETTINGS)
 
 
 @functools.cache
