@@ -12,12 +12,60 @@ An operation with Triton kernels has ``ops/NAME/compile_cases.py``, which gives
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
+
+# Rows under this target are for the comparison on Hopper.
+NOT_SM12X = "sm_90"
+
+_Key = TypeVar("_Key")
+_Row = TypeVar("_Row")
+
+
+def sm12x_rows(table: Mapping[str, Mapping[_Key, _Row]]) -> list[tuple[_Key, _Row]]:
+    """Key and row of every entry under an SM12x target; what the targets share comes once."""
+    under = (rows.items() for target, rows in table.items() if target != NOT_SM12X)
+    return list(dict.fromkeys(entry for entries in under for entry in entries))
+
+
+def case_of_row(
+    label: str,
+    kernel: JITFunction,
+    types: Mapping[str, str],
+    constexprs: Mapping[str, object],
+    row: Any,
+    *,
+    instructions: tuple[str, ...] = (),
+    divisible_by_16: Sequence[str] = (),
+) -> CompileCase:
+    """The case of a row that says itself how it is launched.
+
+    Args:
+        types: Of the arguments that are neither constexprs nor ``"i32"``.
+        row: Its ``num_warps``, ``num_stages`` (1 where it has none) and ``maxnreg`` are taken.
+        divisible_by_16: Those that are constexprs here do not count.
+
+    The rest is as in :class:`CompileCase`.
+    """
+    signature = {
+        name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs
+    }
+    return CompileCase(
+        label=label,
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=row.num_warps,
+        num_stages=getattr(row, "num_stages", 1),
+        instructions=instructions,
+        divisible_by_16=tuple(name for name in divisible_by_16 if name in signature),
+        maxnreg=getattr(row, "maxnreg", None),
+        configuration=row,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_sm12x.proof.case import CompileCase
+from vllm_sm12x.proof.case import NOT_SM12X, CompileCase
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 OPERATIONS = "vllm_sm12x.ops"
 MODULE = "compile_cases"
 
-# Rows for the comparison on Hopper.
-_NOT_SM12X = "sm_90"
 _IMPORTS_TRITON = re.compile(r"^\s*(?:from|import)\s+triton\b", re.MULTILINE)
 
 
@@ -147,7 +145,7 @@ def _rows_without_case(package: str, name: str, given: list[CompileCase]) -> Ite
 def _rows(table: Mapping[object, object]) -> Iterator[tuple[tuple[object, ...], object]]:
     """Keys and value of each row of a table of tables, those for Hopper apart."""
     for key, value in table.items():
-        if key == _NOT_SM12X or (isinstance(key, tuple) and _NOT_SM12X in key):
+        if key == NOT_SM12X or (isinstance(key, tuple) and NOT_SM12X in key):
             continue
         if isinstance(value, Mapping):
             yield from (((key, *keys), row) for keys, row in _rows(value))

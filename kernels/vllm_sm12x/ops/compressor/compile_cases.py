@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_sm12x.ops.compressor.config import TABLE, Row
 from vllm_sm12x.ops.compressor.kernel import compress_kernel
-from vllm_sm12x.proof.case import CompileCase
+from vllm_sm12x.proof.case import CompileCase, case_of_row, sm12x_rows
 
 TABLES = (TABLE,)
 
@@ -37,13 +37,7 @@ _DIVISIBLE_BY_16 = (
 
 def cases() -> list[CompileCase]:
     """A case for every row under an SM12x target; rows that the targets share come once."""
-    rows = {
-        (window, row): None
-        for target, table in TABLE.items()
-        if target != "sm_90"
-        for window, row in table.items()
-    }
-    return [_case(window, row) for window, row in rows]
+    return [_case(window, row) for window, row in sm12x_rows(TABLE)]
 
 
 def _case(window: int, row: Row) -> CompileCase:
@@ -55,17 +49,11 @@ def _case(window: int, row: Row) -> CompileCase:
         "STEP": row.step,
         "GROUPS": row.groups,
     }
-    return CompileCase(
-        label=f"compressor window={window}",
-        kernel=compress_kernel,
-        signature={
-            name: _TYPES.get(name, "i32")
-            for name in compress_kernel.arg_names
-            if name not in constexprs
-        },
-        constexprs=constexprs,
-        num_warps=row.num_warps,
-        num_stages=1,
+    return case_of_row(
+        f"compressor window={window}",
+        compress_kernel,
+        _TYPES,
+        constexprs,
+        row,
         divisible_by_16=_DIVISIBLE_BY_16,
-        configuration=row,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_sm12x.ops.fp8_einsum.config import TABLE, EinsumConfig
 from vllm_sm12x.ops.fp8_einsum.kernel import einsum_kernel
-from vllm_sm12x.proof.case import CompileCase
+from vllm_sm12x.proof.case import CompileCase, case_of_row, sm12x_rows
 
 TABLES = (TABLE,)
 
@@ -17,12 +17,7 @@ _N, _K = 1024, 4096
 
 def cases() -> list[CompileCase]:
     """Every row under an SM12x target, with either type of the weights' scales."""
-    rows = {
-        config: name
-        for target, table in TABLE.items()
-        if target != "sm_90"
-        for name, config in table.items()
-    }
+    rows = {config: name for name, config in sm12x_rows(TABLE)}
     return [_case(name, row, scale) for row, name in rows.items() for scale in ("fp32", "u8")]
 
 
@@ -36,20 +31,12 @@ def _case(name: str, config: EinsumConfig, scale: str) -> CompileCase:
         "BLOCK_N": config.block_n,
         "WEIGHTS_FIRST": config.weights_first,
     }
-    pointers = {**_POINTERS, "b_scale": f"*{scale}"}
-    return CompileCase(
-        label=f"tokens={name} scale={scale}",
-        kernel=einsum_kernel,
-        signature={
-            argument: pointers.get(argument, "i32")
-            for argument in einsum_kernel.arg_names
-            if argument not in constexprs
-        },
-        constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    return case_of_row(
+        f"tokens={name} scale={scale}",
+        einsum_kernel,
+        {**_POINTERS, "b_scale": f"*{scale}"},
+        constexprs,
+        config,
         instructions=("QMMA.16832.F32.E4M3.E4M3",),
         divisible_by_16=_DIVISIBLE_BY_16,
-        maxnreg=config.maxnreg,
-        configuration=config,
     )

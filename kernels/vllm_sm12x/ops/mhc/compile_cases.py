@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_sm12x.ops.mhc.config import FINISH_TABLE, MIX_TABLE, POST_TABLE
 from vllm_sm12x.ops.mhc.kernel import finish_kernel, mix_kernel, post_kernel
-from vllm_sm12x.proof.case import CompileCase
+from vllm_sm12x.proof.case import CompileCase, case_of_row, sm12x_rows
 
 TABLES = (MIX_TABLE, FINISH_TABLE, POST_TABLE)
 
@@ -24,6 +24,9 @@ _POINTERS = {
     "out": "*bf16",
 }
 _FLOATS = ("rms_eps", "gate_eps", "sinkhorn_eps", "post_value", "norm_eps")
+_TYPES = _POINTERS | dict.fromkeys(_FLOATS, "fp32")
+# The squares stand behind the products: no multiple of 16 bytes.
+_DIVISIBLE_BY_16 = tuple(name for name in _POINTERS if name != "squares")
 
 # DeepSeek V4 Flash's.
 _HIDDEN, _STREAMS = 4096, 4
@@ -37,30 +40,19 @@ def cases() -> list[CompileCase]:
     """Every row under an SM12x target, for each of the functions that use it."""
     mix = [
         _mix_case(f"mix {step} tokens={name}", row, *_STEPS[step], _STREAMS)
-        for name, row in _rows(MIX_TABLE)
+        for name, row in sm12x_rows(MIX_TABLE)
         for step in _STEPS
     ]
-    name, row = next(_rows(MIX_TABLE))
+    name, row = sm12x_rows(MIX_TABLE)[0]
     mix.append(_mix_case(f"prenorm tokens={name}", row, _MIXES, 32, False, 1))
     finish = [
         _finish_case(name, row, MIX_TABLE["sm_120"][name].splits, step, normed)
-        for name, row in _rows(FINISH_TABLE)
+        for name, row in sm12x_rows(FINISH_TABLE)
         for step, normed in (("pre", True), ("pre", False), ("head", False))
     ]
     (post,) = {row for target, row in POST_TABLE.items() if target != "sm_90"}
     flags = {"HIDDEN": _HIDDEN, "BLOCK_H": post.block_h, "OVERLAP": True}
-    return [*mix, *finish, _case("post", post_kernel, flags, (), (), post, 1)]
-
-
-def _rows(table):
-    """Class of tokens and row, once where the targets share it."""
-    rows = {
-        (name, row): None
-        for target, classes in table.items()
-        if target != "sm_90"
-        for name, row in classes.items()
-    }
-    return iter(rows)
+    return [*mix, *finish, _case("post", post_kernel, flags, (), (), post)]
 
 
 def _mix_case(label, row, outputs, width, has_post, streams) -> CompileCase:
@@ -77,7 +69,7 @@ def _mix_case(label, row, outputs, width, has_post, streams) -> CompileCase:
         "OVERLAP": True,
     }
     instructions = ("HMMA.16816.F32.BF16",)
-    return _case(label, mix_kernel, flags, absent, instructions, row, row.num_stages)
+    return _case(label, mix_kernel, flags, absent, instructions, row)
 
 
 def _finish_case(name, row, splits, step, normed) -> CompileCase:
@@ -96,27 +88,16 @@ def _finish_case(name, row, splits, step, normed) -> CompileCase:
         "OVERLAP": True,
     }
     label = f"finish {step} tokens={name}" + (" norm" if normed else "")
-    return _case(label, finish_kernel, flags, absent, (), row, 1)
+    return _case(label, finish_kernel, flags, absent, (), row)
 
 
-def _case(label, kernel, flags, absent, instructions, row, num_stages) -> CompileCase:
-    constexprs = {**flags, **dict.fromkeys(absent)}
-    signature = {
-        name: _POINTERS.get(name, "fp32" if name in _FLOATS else "i32")
-        for name in kernel.arg_names
-        if name not in constexprs
-    }
-    return CompileCase(
-        label=label,
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=row.num_warps,
-        num_stages=num_stages,
+def _case(label, kernel, flags, absent, instructions, row) -> CompileCase:
+    return case_of_row(
+        label,
+        kernel,
+        _TYPES,
+        {**flags, **dict.fromkeys(absent)},
+        row,
         instructions=instructions,
-        # The squares stand behind the products: no multiple of 16 bytes.
-        divisible_by_16=tuple(
-            name for name in signature if name in _POINTERS and name != "squares"
-        ),
-        configuration=row,
+        divisible_by_16=_DIVISIBLE_BY_16,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm_sm12x.ops.mqa_logits import HEAD_DIM
 from vllm_sm12x.ops.mqa_logits.config import TABLE, Row
 from vllm_sm12x.ops.mqa_logits.kernel import logits_kernel
-from vllm_sm12x.proof.case import CompileCase
+from vllm_sm12x.proof.case import CompileCase, case_of_row, sm12x_rows
 
 TABLES = (TABLE,)
 
@@ -24,13 +24,7 @@ _DIVISIBLE_BY_16 = ("q", "k", "weights", "out", "q_token", "q_head", "k_row", "w
 
 def cases() -> list[CompileCase]:
     """A case for every row under an SM12x target; rows that the targets share come once."""
-    rows = {
-        (heads, row): None
-        for target, table in TABLE.items()
-        if target != "sm_90"
-        for heads, row in table.items()
-    }
-    return [_case(heads, row) for heads, row in rows]
+    return [_case(heads, row) for heads, row in sm12x_rows(TABLE)]
 
 
 def _case(heads: int, row: Row) -> CompileCase:
@@ -42,19 +36,12 @@ def _case(heads: int, row: Row) -> CompileCase:
         "STAGES": row.num_stages,
         "weights_head": 1,
     }
-    return CompileCase(
-        label=f"prefill logits heads={heads}",
-        kernel=logits_kernel,
-        signature={
-            name: _POINTERS.get(name, "i32")
-            for name in logits_kernel.arg_names
-            if name not in constexprs
-        },
-        constexprs=constexprs,
-        num_warps=row.num_warps,
-        num_stages=row.num_stages,
+    return case_of_row(
+        f"prefill logits heads={heads}",
+        logits_kernel,
+        _POINTERS,
+        constexprs,
+        row,
         instructions=("QMMA.16832.F32.E4M3.E4M3",),
         divisible_by_16=_DIVISIBLE_BY_16,
-        maxnreg=row.maxnreg,
-        configuration=row,
     )

@@ -10,7 +10,7 @@ from vllm_sm12x.ops.mxfp4_experts.kernel import (
     weighted_sum_kernel,
 )
 from vllm_sm12x.ops.mxfp4_experts.launch import LOCAL_BLOCK, QUANTIZE_WARPS, prefetch_lines
-from vllm_sm12x.proof.case import CompileCase
+from vllm_sm12x.proof.case import CompileCase, sm12x_rows
 
 TABLES = (TABLE, FLOAT8_TABLE, SUM)
 
@@ -32,13 +32,7 @@ _VARIABLE = (
 def cases() -> list[CompileCase]:
     """Both products of every row under an SM12x target, then the small kernels."""
     rows, float8 = (
-        {
-            row: kind
-            for target, table in tables.items()
-            if target != "sm_90"
-            for kind, row in table.items()
-        }
-        for tables in (TABLE, FLOAT8_TABLE)
+        {row: kind for kind, row in sm12x_rows(table)} for table in (TABLE, FLOAT8_TABLE)
     )
     found = [
         _product(f"{kind} I={size} {name}", row, size, gated)

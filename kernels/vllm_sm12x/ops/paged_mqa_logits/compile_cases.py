@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_sm12x.ops.paged_mqa_logits.config import TABLE, Row
 from vllm_sm12x.ops.paged_mqa_logits.kernel import paged_logits_kernel
-from vllm_sm12x.proof.case import CompileCase
+from vllm_sm12x.proof.case import CompileCase, case_of_row, sm12x_rows
 
 TABLES = (TABLE,)
 
@@ -32,12 +32,7 @@ _DIVISIBLE_BY_16 = (
 
 def cases() -> list[CompileCase]:
     """A case for every row under an SM12x target and number of heads; equal ones come once."""
-    rows = {
-        (heads, row): None
-        for target, table in TABLE.items()
-        if target != "sm_90"
-        for (heads, _), row in table.items()
-    }
+    rows = dict.fromkeys((heads, row) for (heads, _), row in sm12x_rows(TABLE))
     return [_case(heads, row) for heads, row in rows]
 
 
@@ -50,19 +45,12 @@ def _case(heads: int, row: Row) -> CompileCase:
     }
     bound = "" if row.maxnreg is None else f" maxnreg={row.maxnreg}"
     tiling = f"pages={row.pages} programs={row.programs}{bound}"
-    return CompileCase(
-        label=f"decode logits heads={heads} {tiling}",
-        kernel=paged_logits_kernel,
-        signature={
-            name: _POINTERS.get(name, "i32")
-            for name in paged_logits_kernel.arg_names
-            if name not in constexprs
-        },
-        constexprs=constexprs,
-        num_warps=row.num_warps,
-        num_stages=row.num_stages,
+    return case_of_row(
+        f"decode logits heads={heads} {tiling}",
+        paged_logits_kernel,
+        _POINTERS,
+        constexprs,
+        row,
         instructions=("QMMA.16832.F32.E4M3.E4M3",),
         divisible_by_16=_DIVISIBLE_BY_16,
-        maxnreg=row.maxnreg,
-        configuration=row,
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from vllm_sm12x.ops.sparse_mla import decode_gluon
 from vllm_sm12x.ops.sparse_mla.config_decode import COMBINE, TABLE, CombineRow, Row
 from vllm_sm12x.ops.sparse_mla.decode_kernel import _combine_kernel, _split_kernel
-from vllm_sm12x.proof.case import CompileCase
+from vllm_sm12x.proof.case import CompileCase, case_of_row, sm12x_rows
 
-_POINTERS = {
+_TYPES = {
     "q": "*bf16",
     "swa_cache": "*u8",
     "swa_indices": "*i32",
@@ -20,6 +20,7 @@ _POINTERS = {
     "lse": "*fp32",
     "partial": "*fp32",
     "stats": "*fp32",
+    "scale": "fp32",
 }
 
 # What the launcher finds divisible by 16 and the kernels do not exempt from specialisation.
@@ -41,9 +42,7 @@ _DIVISIBLE_BY_16 = (
 
 def decode_cases() -> list[CompileCase]:
     """Every row under an SM12x target, in each of the variants that a call can take."""
-    rows = {
-        row: None for target, table in TABLE.items() if target != "sm_90" for row in table.values()
-    }
+    rows = dict.fromkeys(row for _, row in sm12x_rows(TABLE))
     return [
         *(
             _split_case(row, extra, one_split, lse)
@@ -81,31 +80,22 @@ def _split_case(row: Row, extra: bool, one_split: bool, lse: bool) -> CompileCas
     if row.parts:
         kernel = decode_gluon.split_kernel
         flags["PARTS"] = row.parts
-    return _case(" ".join(filter(None, words)), kernel, flags, absent, row, row.num_stages)
+    return _case(" ".join(filter(None, words)), kernel, flags, absent, row)
 
 
 def _combine_case(row: CombineRow, lse: bool) -> CompileCase:
     flags = {"HAS_LSE": lse, "SPLIT_SLOTS": row.split_slots, "BLOCK_D": row.block_d}
     label = f"decode combine splits={row.split_slots}" + (" lse" if lse else "")
-    return _case(label, _combine_kernel, flags, () if lse else ("lse",), row, 1)
+    return _case(label, _combine_kernel, flags, () if lse else ("lse",), row)
 
 
-def _case(label, kernel, flags, absent, row, num_stages) -> CompileCase:
-    constexprs = {**flags, **dict.fromkeys(absent)}
-    signature = {
-        name: "fp32" if name == "scale" else _POINTERS.get(name, "i32")
-        for name in kernel.arg_names
-        if name not in constexprs
-    }
-    return CompileCase(
-        label=label,
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=row.num_warps,
-        num_stages=num_stages,
+def _case(label, kernel, flags, absent, row) -> CompileCase:
+    return case_of_row(
+        label,
+        kernel,
+        _TYPES,
+        {**flags, **dict.fromkeys(absent)},
+        row,
         instructions=() if isinstance(row, CombineRow) else ("HMMA.16816.F32.BF16",),
-        divisible_by_16=tuple(name for name in _DIVISIBLE_BY_16 if name in signature),
-        maxnreg=getattr(row, "maxnreg", None),
-        configuration=row,
+        divisible_by_16=_DIVISIBLE_BY_16,
     )
