@@ -210,6 +210,22 @@ def test_a_kernel_that_the_assembler_refuses_fails(capsys, monkeypatch, tmp_path
     assert capsys.readouterr().out == ""
 
 
+def test_many_are_examined_as_each_alone():
+    """One that is refused stands between others, in batches that do not come out even."""
+    work = [
+        (case_of(), "sm_120a"),
+        (other_case(refused_by_triton), "sm_120a"),
+        (case_of("*fp8e4nv"), "sm_121a"),
+        (case_of(size=128, maxnreg=32, num_stages=1), "sm_120a"),
+        (case_of(), "sm_121a"),
+    ]
+    alone = [gate.examine(case, target) for case, target in work]
+    assert [bool(report.failures) for report in alone] == [False, True, False, True, False]
+    for at_once in (2, 16):
+        assert list(gate.examine_all(work, at_once)) == alone
+    assert list(gate.examine_all([])) == []
+
+
 def test_a_bad_target_is_refused():
     with pytest.raises(ValueError, match="^target: 'sm_90a', allowed: sm_120a, sm_121a$"):
         gate.examine(case_of(), "sm_90a")
@@ -276,7 +292,31 @@ def test_the_code_is_read_as_the_disassembler_reads_the_whole_file(cubin, tmp_pa
     line = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P[0-9T]+ +)?([A-Z][A-Z0-9_.]*)")
     expected = Counter(line.findall(listing))
     assert expected["EXIT"] > 0 and expected["QMMA.16832.F32.E4M3.E4M3"] > 0
-    assert machine_code.instructions(cubin) == expected
+    assert machine_code.instructions([cubin]) == [expected]
+
+
+def test_files_that_are_read_together_have_the_counts_that_each_has_alone(cubin):
+    case = case_of()
+    other = triton.compile(
+        gate.source_of(case),
+        target=triton.backends.compiler.GPUTarget("cuda", 120, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    ).asm["cubin"]
+    (first,), (second,) = (machine_code.instructions([one]) for one in (cubin, other))
+    assert first != second
+    assert machine_code.instructions([cubin, other, cubin]) == [first, second, first]
+    assert machine_code.instructions([]) == []
+
+
+def test_code_that_the_disassembler_does_not_read_whole_is_refused(cubin, monkeypatch):
+    run_tool = machine_code._run_tool
+    monkeypatch.setattr(
+        machine_code,
+        "_run_tool",
+        lambda *words, content: run_tool(*words, content=content[:-16]),
+    )
+    with pytest.raises(RuntimeError, match="^nvdisasm read [0-9]+ instructions of 16 bytes in"):
+        machine_code.instructions([cubin])
 
 
 def test_registers_are_those_that_the_assembler_reports(cubin, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vllm_sm12x import lowering
 from vllm_sm12x.proof import discover, gate
@@ -51,11 +51,17 @@ def main(argv: Sequence[str] | None = None, package: str = discover.OPERATIONS) 
     return 1 if failures or gaps or not work else 0
 
 
+def _reports(work: Work) -> Iterator[tuple[str, Report]]:
+    """Operation and report of each case, in their order."""
+    reports = gate.examine_all((case, target) for _, case, target in work)
+    return zip((name for name, _, _ in work), reports, strict=True)
+
+
 def _json(work: Work, gaps: list[str]) -> int:
     """Print everything as one object and return how many cases fail."""
     import triton
 
-    results = [_as_dict(name, gate.examine(case, target)) for name, case, target in work]
+    results = [_as_dict(name, report) for name, report in _reports(work)]
     found = {
         "triton": triton.__version__,
         "lowering": lowering.setting(),
@@ -109,10 +115,10 @@ def _table(work: Work, gaps: list[str]) -> int:
     titles = ("operation", "case", "target", "regs", "stack", "shared", "blocks", "warps")
     print(line.format(*titles, "limit", "verdict", "matrix instructions"))
     reports = []
-    for name, case, target in work:
-        report = gate.examine(case, target)
+    for name, report in _reports(work):
         reports.append(report)
-        print(line.format(name, case.label, target, *_columns(report)).rstrip(), flush=True)
+        where = (name, report.case.label, report.target)
+        print(line.format(*where, *_columns(report)).rstrip(), flush=True)
     failed = [report for report in reports if report.failures]
     for failure in (failure for report in failed for failure in report.failures):
         print(f"FAILED {failure}")

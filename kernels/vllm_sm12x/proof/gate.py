@@ -7,8 +7,10 @@ an expected matrix instruction is missing, and where it does not compile.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from vllm_sm12x.proof.case import CompileCase
 from vllm_sm12x.proof.hardware import Occupancy, occupancy
 
 if TYPE_CHECKING:
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, CompiledKernel
 
 # Target of the assembler: capability.
 TARGETS = {"sm_120a": (12, 0), "sm_121a": (12, 1)}
@@ -93,23 +95,33 @@ def examine(case: CompileCase, target: str) -> Report:
     Raises:
         ValueError: The target is none of these, or the kernel is an interpreted one.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target: {target!r}, allowed: {', '.join(TARGETS)}")
-    where = f"{target}: {case.kernel_name} ({case.config_text})"
-    source = source_of(case)
-    try:
-        compiled = _compile(case, source, target)
-    except _CompilerError as error:
-        cause = error.__cause__
-        return Report(
-            case, target, None, (f"{where} does not compile: {type(cause).__name__}: {cause}",)
-        )
-    failures = tuple(f"{where}: {failure}" for failure in judge(case, compiled))
-    return Report(case, target, compiled, failures)
+    (report,) = examine_all([(case, target)])
+    return report
 
 
-class _CompilerError(Exception):
-    """Triton or its assembler refused a kernel; the cause says why."""
+def examine_all(work: Iterable[tuple[CompileCase, str]], at_once: int = 16) -> Iterator[Report]:
+    """As :func:`examine`, of many cases in less time: the disassembler starts once for several.
+
+    Args:
+        work: Cases, each with its target.
+        at_once: How many are compiled before their reports come.
+
+    Raises:
+        ValueError: As :func:`examine`.
+    """
+    left = iter(work)
+    while batch := list(itertools.islice(left, at_once)):
+        built = [_compile(case, target) for case, target in batch]
+        kernels = [kernel for kernel in built if not isinstance(kernel, str)]
+        counts = iter(machine_code.instructions([kernel.asm["cubin"] for kernel in kernels]))
+        for (case, target), kernel in zip(batch, built, strict=True):
+            where = f"{target}: {case.kernel_name} ({case.config_text})"
+            if isinstance(kernel, str):
+                yield Report(case, target, None, (f"{where} does not compile: {kernel}",))
+                continue
+            compiled = _measure(kernel, next(counts))
+            failures = tuple(f"{where}: {failure}" for failure in judge(case, compiled))
+            yield Report(case, target, compiled, failures)
 
 
 def source_of(case: CompileCase) -> ASTSource:
@@ -138,10 +150,14 @@ def source_of(case: CompileCase) -> ASTSource:
     )
 
 
-def _compile(case: CompileCase, source: ASTSource, target: str) -> Compiled:
+def _compile(case: CompileCase, target: str) -> CompiledKernel | str:
+    """What Triton makes of a case; or why it, or its assembler, refuses it."""
     import triton
     from triton.backends.compiler import GPUTarget
 
+    if target not in TARGETS:
+        raise ValueError(f"target: {target!r}, allowed: {', '.join(TARGETS)}")
+    source = source_of(case)
     capability = TARGETS[target]
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.maxnreg is not None:
@@ -151,18 +167,20 @@ def _compile(case: CompileCase, source: ASTSource, target: str) -> Compiled:
     try:
         # Triton prints the whole of what its assembler refuses; standard output is the table's.
         with contextlib.redirect_stdout(sys.stderr):
-            kernel = triton.compile(source, target=gpu, options=options)
+            return triton.compile(source, target=gpu, options=options)
     except Exception as error:
         # Passes of the compiler raise RuntimeError, its frontend and the assembler their own.
-        raise _CompilerError from error
-    cubin = kernel.asm["cubin"]
-    usage = machine_code.usage(cubin, kernel.metadata.name)
+        return f"{type(error).__name__}: {error}"
+
+
+def _measure(kernel: CompiledKernel, instructions: Counter[str]) -> Compiled:
+    usage = machine_code.usage(kernel.asm["cubin"], kernel.metadata.name)
     return Compiled(
         registers=usage.registers,
         stack_bytes=usage.stack_bytes,
         shared_bytes=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
-        instructions=machine_code.instructions(cubin),
+        instructions=instructions,
     )
 
 

@@ -7,18 +7,18 @@ both have one encoding.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _ENCODING = "SM120a"
+_INSTRUCTION_BYTES = 16
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _ELF_SECTION = struct.Struct("<IIQQQQIIQQ")
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
@@ -45,22 +45,43 @@ def usage(cubin: bytes, name: str) -> Usage:
     return found[name]
 
 
-def instructions(cubin: bytes) -> Counter[str]:
-    """How often each instruction stands in the code, by its full name (``HMMA.16816.F32.BF16``)."""
-    code = b"".join(body for name, body in sections(cubin) if name.startswith(".text."))
-    return Counter(_disassemble(code))
+def instructions(cubins: Sequence[bytes]) -> list[Counter[str]]:
+    """How often each instruction stands in each file's code, by its full name.
+
+    Such as ``HMMA.16816.F32.BF16``. The disassembler starts once for all files: to start takes it
+    longer than to read a kernel.
+    """
+    codes = [
+        b"".join(body for name, body in sections(cubin) if name.startswith(".text."))
+        for cubin in cubins
+    ]
+    # Often both targets have the same code.
+    distinct = list(dict.fromkeys(codes))
+    opcodes = _disassemble(b"".join(distinct)) if distinct else []
+    counted = {}
+    begin = 0
+    for code in distinct:
+        end = begin + len(code) // _INSTRUCTION_BYTES
+        counted[code] = Counter(opcodes[begin:end])
+        begin = end
+    return [counted[code] for code in codes]
 
 
-# Most of the time is the tool's start, and often both targets have the same code.
-@functools.lru_cache(maxsize=64)
-def _disassemble(code: bytes) -> Counter[str]:
+def _disassemble(code: bytes) -> list[str]:
+    """The name of each instruction, in the order of the code."""
     listing = _run_tool("nvdisasm", "-json", "-ndf", "-b", _ENCODING, content=code)
     _, functions = json.loads(listing)
-    return Counter(
+    opcodes = [
         instruction["opcode"]
         for function in functions
         for instruction in function["sass-instructions"]
-    )
+    ]
+    if len(opcodes) * _INSTRUCTION_BYTES != len(code):
+        raise RuntimeError(
+            f"nvdisasm read {len(opcodes)} instructions of {_INSTRUCTION_BYTES} bytes in"
+            f" {len(code)} bytes of code"
+        )
+    return opcodes
 
 
 def sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
