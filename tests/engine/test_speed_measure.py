@@ -263,7 +263,7 @@ def test_a_server_that_ends_at_once_is_a_row(tmp_path):
 def test_a_server_that_never_answers_is_stopped_with_the_budget(tmp_path):
     serve = serve_by(tmp_path, "import time; print('loading', flush=True); time.sleep(600)")
     began = time.monotonic()
-    status, (row,) = call(tmp_path, serve, "--budget", "17")
+    status, (row,) = call(tmp_path, serve, "--budget", "22")
     assert (status, row["kind"]) == (1, "failed")
     assert "no server after" in row["why"] and "loading" in row["why"]
     assert time.monotonic() - began < 30
@@ -285,11 +285,11 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 def test_a_spent_budget_is_said_and_has_its_own_status(tmp_path):
-    status, found = call(tmp_path, serve_by(tmp_path, HANGS), "--budget", "19")
+    status, found = call(tmp_path, serve_by(tmp_path, HANGS), "--budget", "24")
     assert status == 3
     assert [row["kind"] for row in found] == ["start", "request", "stopped"]
     assert found[-1]["before"] == "request number=1"
-    assert "the budget of 19 s is spent" in found[-1]["why"]
+    assert "the budget of 24 s is spent" in found[-1]["why"]
 
 
 def test_the_report_of_no_file_is_an_error(tmp_path, capsys):
