@@ -7,6 +7,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 from vllm_sm12x.ops.launching import (
     capability_of,
@@ -67,6 +70,50 @@ def test_another_thread_still_launches():
         thread.start()
         thread.join()
     assert (len(kernel.launched), kernel.compiled) == (1, [])
+
+
+@triton.jit
+def add_one(x, n):
+    tl.store(x, tl.load(x) + n)
+
+
+def test_inside_compile_only_launches_of_others_compile(monkeypatch):
+    """Code that knows nothing of it, also where one is inside another."""
+    told = []
+    monkeypatch.setattr(
+        JITFunction,
+        "run",
+        lambda kernel, *arguments, grid, warmup, **options: told.append(
+            (kernel, arguments, grid, warmup, options)
+        ),
+    )
+    run = JITFunction.run
+    with compile_only((12, 0)) as outer:
+        with compile_only((12, 1)) as inner:
+            add_one[(3,)]("x", 5, num_warps=2)
+        add_one[(4,)]("y", 6)
+    add_one[(5,)]("z", 7)
+    assert told == [
+        (add_one, ("x", 5), (3,), True, {"num_warps": 2}),
+        (add_one, ("y", 6), (4,), True, {}),
+        (add_one, ("z", 7), (5,), False, {}),
+    ]
+    assert (len(inner.kernels), len(outer.kernels)) == (1, 1)
+    assert JITFunction.run is run
+
+
+def test_another_thread_still_launches_what_is_not_ours(monkeypatch):
+    import threading
+
+    told = []
+    monkeypatch.setattr(
+        JITFunction, "run", lambda kernel, *arguments, grid, warmup: told.append(warmup)
+    )
+    with compile_only((12, 0)) as compilation:
+        thread = threading.Thread(target=lambda: add_one[(1,)]("x", 5))
+        thread.start()
+        thread.join()
+    assert (told, compilation.kernels) == ([False], [])
 
 
 def test_the_capability(monkeypatch):

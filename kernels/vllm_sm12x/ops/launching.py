@@ -3,7 +3,8 @@
 Inside :func:`compile_only` an operation runs on tensors that have no memory, on the ``meta``
 device: its own code finds the launch parameters and arguments, and a kernel is compiled for them
 and not launched. What is compiled is so what the operation launches later, with equal shapes,
-strides, types and alignment.
+strides, types and alignment. The same holds for functions of vLLM and others that launch Triton's
+kernels: they need not know of it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-from vllm_sm12x.ops.interpreter import INTERPRETED
-
-if TYPE_CHECKING:
-    from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction
 
 # To a pointer's multiple of which Triton compiles another kernel than to others.
 _ALIGNMENT = 16
@@ -46,14 +43,29 @@ _compilation: ContextVar[Compilation | None] = ContextVar("compilation", default
 def compile_only(capability: tuple[int, int]) -> Iterator[Compilation]:
     """Compile in place of launching, for Triton's current GPU, in this thread.
 
+    That holds for every ``kernel[grid](...)``, whoever's code it is in.
+
     Args:
         capability: Of that GPU.
     """
     compilation = Compilation(capability)
     token = _compilation.set(compilation)
+    run = JITFunction.run
+
+    def compile_or_run(
+        kernel: JITFunction, *arguments: object, warmup: bool, **options: object
+    ) -> Any:
+        # Other threads launch as ever.
+        if warmup or _compilation.get() is not compilation:
+            return run(kernel, *arguments, warmup=warmup, **options)
+        compilation.kernels.append(run(kernel, *arguments, warmup=True, **options))
+        return None
+
+    JITFunction.run = compile_or_run
     try:
         yield compilation
     finally:
+        JITFunction.run = run
         _compilation.reset(token)
 
 
@@ -66,8 +78,8 @@ def launch(kernel: JITFunction, grid: Sequence[int], *arguments: object, **optio
         compilation.kernels.append(kernel.warmup(*arguments, grid=grid, **options))
 
 
-def capability_of(name: str, tensor: torch.Tensor, kernel: str) -> tuple[int, int] | None:
-    """Capability of the GPU that a tensor is on; None in Triton's interpreter.
+def capability_of(name: str, tensor: torch.Tensor, kernel: str) -> tuple[int, int]:
+    """Capability of the GPU that a tensor is on, or that is compiled for.
 
     Args:
         name: The argument's, for the error.
@@ -81,8 +93,6 @@ def capability_of(name: str, tensor: torch.Tensor, kernel: str) -> tuple[int, in
     compilation = _compilation.get()
     if compilation is not None:
         return compilation.capability
-    if INTERPRETED.value:
-        return None
     raise ValueError(f"{name}: device {tensor.device}, allowed in the {kernel}: cuda")
 
 
