@@ -7,7 +7,7 @@ Nothing of that is launched, and it takes no memory of the GPU but for the machi
 
 Upstream's Triton kernels around them have one form each, which a run of a small batch reaches, but
 for one that is compiled for every power of two of requests. Those of the model runner and the
-drafter are in ``warm_up_runner``.
+drafter are in ``warm_up_runner``, those of sampling in ``warm_up_sampling``.
 
 Inert where no operation is on the portable path, and for other models.
 """
@@ -27,6 +27,7 @@ from vllm.logger import init_logger
 
 from vllm_sm12x.adapters.mtp import is_deepseek_v4
 from vllm_sm12x.adapters.warm_up_runner import add_runner
+from vllm_sm12x.adapters.warm_up_sampling import add_sampling, call_compiled_functions
 from vllm_sm12x.dispatch import portable_operations
 from vllm_sm12x.implementation import kernel_operations
 
@@ -90,6 +91,8 @@ def warm_up_kernels(worker: Worker) -> None:
     operations = portable_operations() & kernel_operations()
     kernels = compile_kernels(calls_of(worker, operations, torch.cuda.get_device_capability()))
     load(kernels)
+    if not getattr(worker, "use_v2_model_runner", False):
+        call_compiled_functions(worker)
     logger.info(
         "Compiled and loaded %d Triton kernels in %.1f s, of %s",
         len(kernels),
@@ -146,6 +149,7 @@ def calls_of(worker: Worker, operations: frozenset[str], capability: tuple[int, 
     calls.add_always(_compile_prefill_metadata, scheduler.max_num_seqs, window)
     if not getattr(worker, "use_v2_model_runner", False):
         add_runner(calls, worker)
+        add_sampling(calls, worker)
     for model in _models(worker):
         for module in model.modules():
             for add in _ADD:

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels of vLLM's model runner, drafter and rejection sampler.
+"""Compiles the Triton kernels of vLLM's model runner and drafter.
 
 They take numbers of tokens or requests, and Triton compiles a form for 1, one for multiples of 16
-and one for all others. No run before serving launches them, but the sampler's in one form.
+and one for all others. No run before serving launches them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def add_runner(calls: Calls, worker: Worker) -> None:
     # Steps in which no request had drafts sample one token each.
     for sampled in (1, 1 + drafted):
         calls.add_always(_take_next_tokens, requests, sampled, runner.input_batch.vocab_size)
-    calls.add_always(_reject_greedily, drafted)
     if drafted > 1:
         drafter = runner.drafter
         table = tables[drafter.kv_cache_gid].block_table.gpu
@@ -155,24 +154,3 @@ def _step_drafts(requests: int, block_size: int, max_model_len: int, blocks: tor
             PAD_ID=utils.PADDING_SLOT_ID,
             batch_size=count,
         )
-
-
-def _reject_greedily(drafted: int) -> None:
-    """For steps in which all requests are greedy; the dummy run of the sampler has others."""
-    from vllm.v1.sample.rejection_sampler import rejection_greedy_sample_kernel
-
-    int32 = _tensor(torch.int32)
-    launch(
-        rejection_greedy_sample_kernel,
-        (1,),
-        int32,
-        int32,
-        int32,
-        _tensor(torch.int64),
-        int32,
-        None,
-        drafted,
-        None,
-        None,
-        SYNTHETIC_MODE=False,
-    )

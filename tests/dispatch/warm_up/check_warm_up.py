@@ -22,7 +22,7 @@ from vllm_sm12x import implementation
 # Form and device as on a GPU. Before the operations bind it.
 implementation.choose = lambda operation, asked, on_gpu: asked or "triton"
 
-from drafting import every_step, reject  # noqa: E402
+from drafting import every_step  # noqa: E402
 from launch_keys import Keys, recorded  # noqa: E402
 from steps import Caller, Step, steps  # noqa: E402
 
@@ -65,10 +65,9 @@ RUNNER = {
     "eagle_prepare_inputs_padded_kernel",
     "eagle_prepare_next_token_padded_kernel",
     "eagle_step_slot_mapping_metadata_kernel",
-    "rejection_greedy_sample_kernel",
 }
-# What the sampler's own run reaches.
-SAMPLER = {
+# More of sampling is in check_sampling.py.
+REJECTION = {
     "rejection_greedy_sample_kernel",
     "rejection_random_sample_kernel",
     "sample_recovered_tokens_kernel",
@@ -104,12 +103,13 @@ def asked(engine) -> Keys:
 @pytest.fixture
 def gpu() -> Iterator[None]:
     """What the warm-up asks of torch; nothing is there to be loaded."""
-    properties = SimpleNamespace(multi_processor_count=188)
+    properties = SimpleNamespace(multi_processor_count=188, gcnArchName="")
     with (
         patch.object(torch.cuda, "is_available", lambda: True),
         patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
         patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
         patch.object(warm_up, "load", lambda kernels: None),
+        patch.object(warm_up, "call_compiled_functions", lambda worker: None),
     ):
         yield
 
@@ -126,14 +126,12 @@ def warmed_up(engine: flash_engine.Engine) -> Keys:
         assert (how["force_attention"], how["create_mixed_batch"]) == (True, True)
         # Half of the tokens decode, and one prompt has the others.
         caller.make(Step((1,) * (tokens // 2), (tokens - tokens // 2,)))
-        # Of the sampler's own run: 32 requests with a draft each, not all greedy.
-        reject(worker, 32, 1, greedy=False)
     return keys
 
 
 def test_no_step_compiles(engine, asked, gpu):
     made = warmed_up(engine)
-    assert asked.kernels == OURS | HELPERS | RUNNER | SAMPLER
+    assert asked.kernels == OURS | HELPERS | RUNNER | REJECTION
     assert asked.missing_from(made) == []
 
 
@@ -141,7 +139,7 @@ def test_the_compilations_alone_cover_our_kernels(engine, asked, gpu):
     with recorded(CAPABILITY) as made:
         warm_up.warm_up_kernels(engine.worker)
     missing = {text.partition(":")[0] for text in asked.missing_from(made)}
-    assert missing == HELPERS - {"_compute_prefill_metadata_kernel"} | SAMPLER
+    assert missing == HELPERS - {"_compute_prefill_metadata_kernel"}
 
 
 @pytest.mark.parametrize("operation", sorted(KERNELS_OF))
@@ -229,15 +227,14 @@ def test_compiled_kernels_are_kept(engine, tmp_path, monkeypatch):
     from triton import knobs
 
     only = frozenset({"fp8_einsum"})
-    with recorded(CAPABILITY):
+    with recorded(CAPABILITY), patch.object(warm_up, "add_sampling", lambda calls, worker: None):
         knobs.runtime.jit_cache_hook = None
         calls = warm_up.calls_of(engine.worker, only, CAPABILITY)
         kernels = warm_up.compile_kernels(calls)
         # The einsum's five configurations; upstream's kernels for powers of two from 1 to 64
         # requests, and for three forms of numbers: slots in blocks of 64 and 256 and in those of 4
-        # and 8 tokens, drafting's preparation, its next tokens, one or more, and its steps; and one
-        # for greedy requests.
-        assert len(kernels) == 5 + 7 + 3 * (2 + 1 + 2 + 1) + 1
+        # and 8 tokens, drafting's preparation, its next tokens, one or more, and its steps.
+        assert len(kernels) == 5 + 7 + 3 * (2 + 1 + 2 + 1)
         assert all(kernel.asm["cubin"][:4] == b"\x7fELF" for kernel in kernels)
         compiled = []
         knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["fn"].name)
