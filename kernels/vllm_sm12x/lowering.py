@@ -55,11 +55,10 @@ def launch_options(capability: tuple[int, int] | None = None) -> dict[str, objec
 
     Args:
         capability: Of the GPU that is compiled for; by default that of the current GPU, asked once
-            a process. Without a GPU, and in Triton's interpreter, which knows no such option,
-            nothing is needed.
+            a process. Without a GPU nothing is needed.
     """
     if capability is None:
-        capability = None if _interpreted() else _current_capability()
+        capability = _current_capability()
     if capability is None or lowering(capability) == "native":
         return {}
     return {"arch": "sm120"}
@@ -68,8 +67,8 @@ def launch_options(capability: tuple[int, int] | None = None) -> dict[str, objec
 def target_key(capability: tuple[int, int] | None = None) -> str:
     """``"sm_120"``, ``"sm_121"`` or ``"sm_90"``: which static configuration table a GPU takes.
 
-    Hopper takes its own table, and sm_120's in the twin run. So does every other GPU, and the
-    interpreter without one: its blocks fit into the shared memory of each from capability 8.0 on.
+    Hopper takes its own table, and sm_120's in the twin run. So does every other GPU, and who has
+    none: its blocks fit into the shared memory of each from capability 8.0 on.
 
     Args:
         capability: By default that of the current GPU.
@@ -85,7 +84,7 @@ def target_key(capability: tuple[int, int] | None = None) -> str:
 
 @functools.cache
 def multiprocessors() -> int:
-    """Those of the current GPU; without one, as in the interpreter, those of an RTX PRO 6000."""
+    """Those of the current GPU; without one, those of an RTX PRO 6000."""
     import torch
 
     if not torch.cuda.is_available():
@@ -100,7 +99,6 @@ def clear_cache() -> None:
         lowering,
         multiprocessors,
         _triton_version,
-        _interpreted,
         _current_capability,
     ):
         cached.cache_clear()
@@ -112,13 +110,6 @@ def _triton_version() -> tuple[int, int]:
 
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-@functools.cache
-def _interpreted() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 @functools.cache

@@ -198,6 +198,17 @@ def nearest_two(x: float) -> float:
         return math.inf
 
 
+def smaller(a: float, b: float) -> float:
+    return math.copysign(min(abs(a), abs(b)), math.copysign(1, a) * math.copysign(1, b))
+
+
+def ceiling(x: float) -> float:
+    """Of subnormal numbers that of zero; with the sign of the number."""
+    if math.isinf(x) or x == 0:
+        return x
+    return math.copysign(math.ceil(x) if abs(x) >= 2.0**-126 else 0.0, x)
+
+
 # float64 has more than twice the bits, so that its sums, products and quotients round to the
 # float32 that the exact ones round to.
 FLOATS = {
@@ -208,12 +219,12 @@ FLOATS = {
     "div.rn.f32 d, a, b;": over,
     # Zero is more than minus zero.
     "max.f32 d, a, b;": lambda a, b: max(a, b, key=lambda v: (v, math.copysign(1, v))),
-    "min.NaN.xorsign.abs.f32 d, a, b;": lambda a, b: math.copysign(
-        min(abs(a), abs(b)), math.copysign(1, a) * math.copysign(1, b)
-    ),
+    "min.xorsign.abs.f32 d, a, b;": smaller,
+    "min.NaN.xorsign.abs.f32 d, a, b;": smaller,
     "abs.f32 d, a;": abs,
     "neg.f32 d, a;": lambda a: -a,
     "ex2.approx.f32 d, a;": nearest_two,
+    "cvt.rpi.ftz.f32.f32 d, a;": ceiling,
 }
 
 
@@ -271,6 +282,10 @@ def test_maxima_and_nan():
     one = [to_bits(1.0)] * THREADS
     assert set(apply("max.f32 d, a, b;", [32, 32], [nan, one], 32)) == {to_bits(1.0)}
     same(apply("max.NaN.f32 d, a, b;", [32, 32], [nan, one], 32), [math.nan] * THREADS, 0)
+    found = apply("min.xorsign.abs.f32 d, a, b;", [32, 32], [nan, one], 32)
+    assert set(found) == {to_bits(1.0)}
+    found = apply("min.NaN.xorsign.abs.f32 d, a, b;", [32, 32], [nan, one], 32)
+    same(found, [math.nan] * THREADS, 0)
 
 
 def test_pairs_of_floats():
@@ -300,6 +315,14 @@ def test_conversions_to_bfloat16():
     assert apply("cvt.rn.bf16.f32 d, a;", [32], [a], 16) == [bfloat16(to_float(x)) for x in a]
     # Half of the way between neighbours goes to the even one.
     assert bfloat16(1 + 2**-8) == bfloat16(1.0) and bfloat16(1 + 3 * 2**-8) == bfloat16(1 + 2**-6)
+
+
+def test_conversion_to_integers():
+    cases = {0.0: 0, 0.99: 0, 1.5: 1, 255.9: 255, -0.5: 0, -7.0: 0, 65535.9: 65535, 1e9: 65535,
+             math.inf: 65535, -math.inf: 0, math.nan: 0}  # fmt: skip
+    values = [to_bits(v) for v in cases] * 24
+    found = apply("cvt.rzi.u16.f32 d, a;", [32], [values[:THREADS]], 16)
+    assert found == (list(cases.values()) * 24)[:THREADS]
 
 
 def test_products_of_bfloat16():

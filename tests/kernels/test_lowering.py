@@ -24,7 +24,6 @@ HOPPER, SM_120, SM_121 = (9, 0), (12, 0), (12, 1)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.delenv(lowering.ENV, raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     lowering.clear_cache()
     yield
     lowering.clear_cache()
@@ -69,15 +68,6 @@ def test_the_gpu_at_hand_is_asked(monkeypatch, gpu_of, capability, expected):
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     gpu_of(capability)
     assert lowering.launch_options() == expected
-
-
-def test_the_interpreter_is_given_no_option(monkeypatch, gpu_of):
-    gpu_of(HOPPER)
-    monkeypatch.setenv(lowering.ENV, "sm120")
-    assert lowering.launch_options() == SM120
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    lowering.clear_cache()
-    assert lowering.launch_options() == {}
 
 
 @pytest.mark.parametrize(

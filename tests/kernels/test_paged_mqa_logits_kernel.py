@@ -1,8 +1,4 @@
-"""The Triton kernel of the decode logits: interpreted for small shapes, on a GPU for real ones.
-
-The interpreted checks are in ``interpreted/check_paged_mqa_logits.py`` and run in a child process,
-because Triton must know at its import that it interprets.
-"""
+"""The Triton kernel of decode logits: table, and real shapes on a GPU; small in ``emulated/``."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import math
 import pytest
 import torch
 from capture import record, replay_on_gpu
-from interpreted_run import run_interpreted
 from logits_checks import assert_same_top_k, e4m3_values, score
 from test_paged_mqa_logits import GARBAGE, LENS_IN_PAIRS, Case, alike
 
@@ -20,10 +15,6 @@ from vllm_sm12x.ops import paged_mqa_logits
 from vllm_sm12x.ops.paged_mqa_logits import config
 
 TOP_K = 512
-
-
-def test_the_kernel_equals_the_definition_in_the_interpreter():
-    run_interpreted("check_paged_mqa_logits.py", at_least=30)
 
 
 def test_every_target_has_every_shape():

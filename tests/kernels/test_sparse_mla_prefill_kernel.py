@@ -1,15 +1,10 @@
-"""The Triton prefill kernel: in Triton's interpreter for small shapes, on a GPU for real ones.
-
-The interpreted checks are in ``interpreted/check_sparse_mla_prefill.py`` and run in a child
-process, because Triton must know at its import that it interprets.
-"""
+"""The prefill kernels: tables, and real shapes on a GPU. Small ones are in ``emulated/``."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from capture import record, replay_on_gpu
-from interpreted_run import run_interpreted
 from prefill_checks import attend, check_tokens, named_rows
 from tolerance import assert_unbiased
 
@@ -19,12 +14,8 @@ from vllm_sm12x.ops.sparse_mla.config_prefill import PREFILL_TABLE, prefill_conf
 SCALE = 512**-0.5
 
 
-def test_the_kernel_equals_the_definition_in_the_interpreter():
-    run_interpreted("check_sparse_mla_prefill.py", at_least=80)
-
-
 def test_every_target_has_every_number_of_heads():
-    assert set(PREFILL_TABLE) == {"sm_90", "sm_120", "sm_121", "interpreter"}
+    assert set(PREFILL_TABLE) == {"sm_90", "sm_120", "sm_121", "triton"}
     for target in PREFILL_TABLE:
         assert set(PREFILL_TABLE[target]) == {8, 16, 32, 64, 128}
 
@@ -33,7 +24,7 @@ def test_every_target_has_every_number_of_heads():
     ("target", "heads", "message"),
     [
         ("sm_120", 24, "q: 24 heads, allowed .* on sm_120: 8, 16, 32, 64, 128"),
-        ("sm_80", 64, "target: 'sm_80', allowed: sm_120, sm_121, sm_90, interpreter"),
+        ("sm_80", 64, "target: 'sm_80', allowed: sm_120, sm_121, sm_90, triton"),
     ],
 )
 def test_a_shape_without_a_row_is_an_error(target, heads, message):

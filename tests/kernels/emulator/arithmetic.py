@@ -86,11 +86,14 @@ def high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (wide(a, b) >> 32).astype(a.dtype)
 
 
-def smaller_magnitude(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``min.NaN.xorsign.abs``: the smaller magnitude, negative where one sign is."""
-    sign = np.signbit(a) ^ np.signbit(b)
-    magnitude = np.minimum(np.abs(a), np.abs(b))
-    return np.where(sign, -magnitude, magnitude).astype(np.float32)
+def smaller_magnitude(minimum: Function) -> Function:
+    """``min.xorsign.abs``: the smaller magnitude, negative where one sign is."""
+
+    def apply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        magnitude = minimum(np.abs(a), np.abs(b))
+        return np.where(np.signbit(a) ^ np.signbit(b), -magnitude, magnitude)
+
+    return apply
 
 
 def flushed(value: np.ndarray) -> np.ndarray:
@@ -111,7 +114,8 @@ _FLOAT = {
     "min": np.fmin,
     "max.NaN": np.maximum,
     "min.NaN": np.minimum,
-    "min.NaN.xorsign.abs": smaller_magnitude,
+    "min.xorsign.abs": smaller_magnitude(np.fmin),
+    "min.NaN.xorsign.abs": smaller_magnitude(np.minimum),
     "abs": np.abs,
     "neg": np.negative,
     "ex2.approx": np.exp2,
@@ -233,6 +237,11 @@ def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return (high.astype(np.uint32) << np.uint32(16)) | low
 
 
+def _to_uint16(value: np.ndarray) -> np.ndarray:
+    """Toward zero; beyond the range its end, and 0 for NaN."""
+    return np.nan_to_num(np.clip(np.trunc(value), 0, 0xFFFF), nan=0).astype(np.uint16)
+
+
 _CONVERSIONS = {
     "cvt.f32.bf16": (np.uint16, types.bfloat16_to_float32),
     "cvt.f32.f16": (np.uint16, types.float16_to_float32),
@@ -241,6 +250,8 @@ _CONVERSIONS = {
     "cvt.rn.satfinite.e4m3x2.f32": (np.float32, _two_e4m3),
     "cvt.rn.f16x2.e4m3x2": (np.uint16, _float16_of_e4m3),
     "cvt.rn.f32.s32": (np.int32, lambda a: a.astype(np.float32)),
+    "cvt.rzi.u16.f32": (np.float32, _to_uint16),
+    "cvt.rpi.ftz.f32.f32": (np.float32, lambda a: np.ceil(flushed(a))),
 }
 
 

@@ -17,7 +17,6 @@ from vllm_sm12x import lowering
 from vllm_sm12x.ops.compressor import config
 from vllm_sm12x.ops.fp8_ds_mla import layout
 from vllm_sm12x.ops.fp8_ds_mla.reference import E4M3_MAX, SMALLEST_AMAX
-from vllm_sm12x.ops.interpreter import to_bfloat16, to_e4m3
 from vllm_sm12x.ops.launching import capability_of, launch
 
 _NOPE = tl.constexpr(layout.NOPE_DIM)
@@ -132,7 +131,7 @@ def compress_kernel(
 def _store_nope(data, scales, normed, channel):
     """e4m3 values and their scales; the byte behind the scales becomes 0."""
     GROUPS: tl.constexpr = _HEAD // _QUANT_BLOCK
-    values = tl.reshape(to_bfloat16(normed).to(tl.float32), (GROUPS, _QUANT_BLOCK))
+    values = tl.reshape(normed.to(tl.bfloat16).to(tl.float32), (GROUPS, _QUANT_BLOCK))
     amax = tl.maximum(tl.max(tl.abs(values), 1), _SMALLEST_AMAX)
     # 2**ceil(log2(amax / 448)), exactly: the quotient's exponent, one more where it has a fraction.
     bits = tl.div_rn(amax, tl.full(amax.shape, _E4M3_MAX, tl.float32)).to(tl.int32, bitcast=True)
@@ -141,7 +140,7 @@ def _store_nope(data, scales, normed, channel):
     inverse = tl.maximum((254 - exponent) << 23, 0x40_0000).to(tl.float32, bitcast=True)
     scaled = values * inverse[:, None]
     scaled = tl.clamp(scaled, -_E4M3_MAX, _E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
-    codes = to_e4m3(scaled).to(tl.uint8, bitcast=True)
+    codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     tl.store(data + channel, tl.reshape(codes, (_HEAD,)), mask=channel < _NOPE)
     group = tl.arange(0, GROUPS)
     # As many groups as scale bytes: the last is the rotary part's, whose byte is unused.
@@ -163,7 +162,7 @@ def _store_rope(data, normed, channel, cos_sin):
     # Lanes that are masked off get an address inside too.
     place = tl.where(rotary, channel - _NOPE, 0)
     place = (data + _NOPE).to(tl.pointer_type(tl.bfloat16)) + place
-    tl.store(place, to_bfloat16(turned), mask=rotary)
+    tl.store(place, turned.to(tl.bfloat16), mask=rotary)
 
 
 def compress_to_cache(

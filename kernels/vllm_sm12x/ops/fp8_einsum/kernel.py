@@ -14,7 +14,6 @@ import triton.language as tl
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_einsum.config import EinsumConfig, einsum_config
 from vllm_sm12x.ops.fp8_einsum.reference import BLOCK
-from vllm_sm12x.ops.interpreter import dot, to_bfloat16
 from vllm_sm12x.ops.launching import capability_of, launch
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -119,17 +118,17 @@ def einsum_kernel(
         ahead = tl.minimum(step + 1, last).to(tl.int64)
         next_factor = _load_factor(a_scale + ahead * a_scale_block, b_scale + ahead * b_scale_block)
         if WEIGHTS_FIRST:
-            product = dot(w, tl.trans(x), tl.zeros([BLOCK_N, BLOCK_T], tl.float32))
+            product = tl.dot(w, tl.trans(x), tl.zeros([BLOCK_N, BLOCK_T], tl.float32))
             acc += product * factor[None, :]
         else:
-            product = dot(x, tl.trans(w), tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
+            product = tl.dot(x, tl.trans(w), tl.zeros([BLOCK_T, BLOCK_N], tl.float32))
             acc += product * factor[:, None]
 
     if WEIGHTS_FIRST:
         acc = tl.trans(acc)
     tl.store(
         out + group * out_group + token[:, None] * out_token + row[None, :] * out_column,
-        to_bfloat16(acc),
+        acc.to(tl.bfloat16),
         mask=inside[:, None],
     )
 

@@ -21,8 +21,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
-
 _STREAMS = tl.constexpr(4)
 
 # These change from call to call: a kernel for each of their kinds would be compiled while serving.
@@ -66,7 +64,7 @@ def _load_weights(post, comb, token, STREAM: tl.constexpr):
 def _put_back(x, s0, s1, s2, s3, weights):
     """A new stream in bfloat16, from what :func:`_load_weights` gives for it."""
     new = weights[0] * x + weights[1] * s0 + weights[2] * s1 + weights[3] * s2 + weights[4] * s3
-    return to_bfloat16(new)
+    return new.to(tl.bfloat16)
 
 
 @triton.jit
@@ -77,12 +75,9 @@ def _keep_layout(values):
     a second time, beside those that are stored, and the mapping's parts once a warp. It moves no
     computation past this instruction.
     """
-    if INTERPRETED:
-        return values
-    else:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [values], dtype=tl.bfloat16, is_pure=False, pack=2
-        )
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [values], dtype=tl.bfloat16, is_pure=False, pack=2
+    )
 
 
 @triton.jit
@@ -95,9 +90,9 @@ def _multiply(streams, place, inside, acc):
     # The nearest number whose lower 16 bits are 0 is one of bfloat16.
     bits = mapping.to(tl.int32, bitcast=True) + 0x8000
     high = (bits & -0x10000).to(tl.float32, bitcast=True)
-    low = _keep_layout(to_bfloat16(mapping - high))
-    acc = dot(streams, tl.trans(_keep_layout(to_bfloat16(high))), acc)
-    return dot(streams, tl.trans(low), acc)
+    low = _keep_layout((mapping - high).to(tl.bfloat16))
+    acc = tl.dot(streams, tl.trans(_keep_layout(high.to(tl.bfloat16))), acc)
+    return tl.dot(streams, tl.trans(low), acc)
 
 
 @triton.jit(do_not_specialize=_VARIABLE)
@@ -304,9 +299,9 @@ def _make_input(
     if norm_weight is not None:
         mean_square = tl.sum(collapsed * collapsed, 0) / HIDDEN
         weight = tl.load(norm_weight + column).to(tl.float32)
-        collapsed = to_bfloat16(collapsed).to(tl.float32)
+        collapsed = collapsed.to(tl.bfloat16).to(tl.float32)
         collapsed = collapsed * tl.rsqrt(mean_square + norm_eps) * weight
-    tl.store(out + token * HIDDEN + column, to_bfloat16(collapsed), mask=inside)
+    tl.store(out + token * HIDDEN + column, collapsed.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit

@@ -241,8 +241,6 @@ def _options(name: str, tensor: torch.Tensor, streams: int | None = STREAMS) -> 
             f"{name}: {tensor.size(-2)} streams, allowed in the Triton kernels: {streams}"
         )
     capability = capability_of(name, tensor, "Triton kernels")
-    if capability is None:
-        return {"OVERLAP": False}, lowering.target_key()
     overlap = capability >= _OVERLAP_FROM
     options = lowering.launch_options(capability)
     if overlap:

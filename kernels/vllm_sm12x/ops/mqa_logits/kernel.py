@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.interpreter import dot
 from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.mqa_logits import config
 
@@ -115,7 +114,7 @@ def logits_kernel(
         start = tl.load(ks + row * ks_stride)
         end = tl.load(ke + row * ke_stride)
 
-        scores = dot(tile, tl.trans(queries), tl.zeros([BLOCK_N, BLOCK_Q * HEADS], tl.float32))
+        scores = tl.dot(tile, tl.trans(queries), tl.zeros([BLOCK_N, BLOCK_Q * HEADS], tl.float32))
         scores = tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL) * factor[None, :]
         summed = tl.sum(tl.reshape(scores, [BLOCK_N, BLOCK_Q, HEADS]), 2) * scale[:, None]
         seen = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])

@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
-
 # Packed bytes to a scale.
 GROUP_BYTES = tl.constexpr(16)
 
@@ -57,16 +55,6 @@ mul.rn.bf16x2 $3, value, $6;
 
 
 @triton.jit
-def _interpreted_value(nibble, scale):
-    """As the assembly does it, by the definition of E2M1 and in float32."""
-    exponent = (nibble >> 1) & 3
-    fraction = (nibble & 1).to(tl.float32) * 0.5
-    power = tl.where(exponent == 3, 4.0, tl.where(exponent == 2, 2.0, 1.0))
-    value = tl.where(exponent == 0, fraction, (1.0 + fraction) * power)
-    return to_bfloat16(value * tl.where((nibble & 8) != 0, -1.0, 1.0) * scale)
-
-
-@triton.jit
 def unpack(packed, scale):
     """The values of the low nibbles, and those of the high nibbles, each of the shape of packed.
 
@@ -80,27 +68,19 @@ def unpack(packed, scale):
     """
     # A bfloat16 of that exponent; 2**-127 is subnormal, and 255 would be infinity.
     bits = tl.where(scale == 255, 0x7FC0, tl.where(scale == 0, 0x0040, scale.to(tl.int32) << 7))
-    if INTERPRETED:
-        factor = (bits << 16).to(tl.float32, bitcast=True)
-    else:
-        factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     # One step from the scale's own shape, so that the few scales change their layout, and not the
     # many factors.
     factor = tl.broadcast_to(tl.expand_dims(factor, -1), factor.shape + [GROUP_BYTES])
     factor = tl.reshape(factor, packed.shape)
-    if INTERPRETED:
-        low = _interpreted_value(packed.to(tl.int32) & 15, factor)
-        high = _interpreted_value(packed.to(tl.int32) >> 4, factor)
-        return low, high
-    else:
-        return tl.inline_asm_elementwise(
-            _UNPACK,
-            "=r,=r,=r,=r,r,r,r",
-            [packed, factor],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
+    return tl.inline_asm_elementwise(
+        _UNPACK,
+        "=r,=r,=r,=r,r,r,r",
+        [packed, factor],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
@@ -161,6 +141,6 @@ def tile_sums(
         even = tl.trans(words.to(tl.int16).to(tl.bfloat16, bitcast=True))
         odd = tl.trans((words >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))
         low, high = unpack(packed, scale)
-        acc = dot(low, even, acc)
-        acc = dot(high, odd, acc)
+        acc = tl.dot(low, even, acc)
+        acc = tl.dot(high, odd, acc)
     return acc

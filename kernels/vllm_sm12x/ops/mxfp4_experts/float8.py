@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_e4m3
-
 # Four packed bytes ($2) become the e4m3 values of their low nibbles ($0) and of their high ones
 # ($1), times a power of two: each byte of $3 is 8 times its exponent, from 0 on, or has the highest
 # bit, for values that are to be 0. PRMT looks four magnitudes up at a time. With the fourth bit of
@@ -53,18 +51,6 @@ _TOP = tl.constexpr(6)
 
 
 @triton.jit
-def _interpreted_value(nibble, eights):
-    """As the assembly does it, by the definition of E2M1."""
-    exponent = (nibble >> 1) & 3
-    fraction = (nibble & 1).to(tl.float32) * 0.5
-    power = tl.where(exponent == 3, 4.0, tl.where(exponent == 2, 2.0, 1.0))
-    value = tl.where(exponent == 0, fraction, (1.0 + fraction) * power)
-    factor = ((eights // 8 - 5 + 127) << 23).to(tl.float32, bitcast=True)
-    value = tl.where(eights < 128, value * factor, 0.0)
-    return (value * tl.where((nibble & 8) != 0, -1.0, 1.0)).to(tl.float8e4nv)
-
-
-@triton.jit
 def _row_tops(scale_at, COLUMNS: tl.constexpr, WORDS: tl.constexpr):
     """Largest scale of each row, int32 ``[N]``."""
     word = tl.arange(0, WORDS)
@@ -97,19 +83,14 @@ def unpack_e4m3(packed, word, top):
     eights = tl.where(shift < 0, 128, shift * 8).to(tl.uint8)
     eights = tl.broadcast_to(eights[:, :, :, None], [word.shape[0], 2, 2, 16])
     eights = tl.reshape(eights, packed.shape)
-    if INTERPRETED:
-        low = _interpreted_value(packed.to(tl.int32) & 15, eights.to(tl.int32))
-        high = _interpreted_value(packed.to(tl.int32) >> 4, eights.to(tl.int32))
-        return low, high
-    else:
-        return tl.inline_asm_elementwise(
-            _UNPACK,
-            "=r,=r,r,r",
-            [packed, eights],
-            dtype=(tl.float8e4nv, tl.float8e4nv),
-            is_pure=True,
-            pack=4,
-        )
+    return tl.inline_asm_elementwise(
+        _UNPACK,
+        "=r,=r,r,r",
+        [packed, eights],
+        dtype=(tl.float8e4nv, tl.float8e4nv),
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
@@ -135,7 +116,7 @@ def quantize_kernel(
     exponent = (largest >> 23) - 127 - 8 + tl.where((largest & 0x7F_FFFF) > 0x60_0000, 1, 0)
     finite = largest < 0x7F80_0000
     exponent = tl.where(finite, tl.maximum(exponent, -120), 0)
-    values = to_e4m3(x * ((127 - exponent) << 23).to(tl.float32, bitcast=True))
+    values = (x * ((127 - exponent) << 23).to(tl.float32, bitcast=True)).to(tl.float8e4nv)
     turns = tl.permute(tl.reshape(values, [BLOCK // 128, 64, 2]), [0, 2, 1])
     tl.store(out_ptr + row * COLUMNS + column, tl.reshape(turns, [BLOCK]), mask=inside)
     scale = tl.where(finite, (exponent + 127) << 23, 0x7FC0_0000).to(tl.float32, bitcast=True)
@@ -172,8 +153,8 @@ def tile_sums(
         odd = tl.load(x_at + (step * 128 + 64 + half), mask=live[:, None], other=0.0)
         packed = tl.load(weight_at + (step * 64 + half))
         low, high = unpack_e4m3(packed, tl.load(scale_at + step), top)
-        acc = dot(low, tl.trans(even), acc)
-        acc = dot(high, tl.trans(odd), acc)
+        acc = tl.dot(low, tl.trans(even), acc)
+        acc = tl.dot(high, tl.trans(odd), acc)
     # 2**(top - 127 - 6); below 2**-126 is as good as 0, and the scale 255 makes NaN.
     bits = tl.where(top == 255, 0x7FC0_0000, tl.maximum(top - _TOP, 1) << 23)
     x_scale = tl.load(x_scale_at, mask=live, other=0.0)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm_sm12x.ops.interpreter import INTERPRETED, to_bfloat16
 from vllm_sm12x.ops.mxfp4_experts import float8
 from vllm_sm12x.ops.mxfp4_experts.bfloat16 import tile_sums
 
@@ -170,7 +169,7 @@ def product_kernel(
     tile = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
 
-    if DEPENDENT and not INTERPRETED:
+    if DEPENDENT:
         gdc_launch_dependents()
     if MOST_PAIRS > 0:
         expert, rows = _tile_of_pair(
@@ -203,7 +202,7 @@ def product_kernel(
     weight_at = weight_ptr + expert * weight_expert_stride + weight_row[:, None] * weight_row_stride
     scale_at = scale_ptr + expert * scale_expert_stride + weight_row[:, None] * scale_row_stride
 
-    if DEPENDENT and not GATED and not INTERPRETED:
+    if DEPENDENT and not GATED:
         if PREFETCH > 0:
             _prefetch(weight_at + 128 * tl.arange(0, PREFETCH)[None, :])
         gdc_wait()
@@ -241,7 +240,7 @@ def product_kernel(
             up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         activation = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_N // 2, BLOCK_M])
         output = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        result = to_bfloat16(activation)
+        result = activation.to(tl.bfloat16)
     else:
         output = block * BLOCK_N + row
         result = acc
@@ -284,7 +283,7 @@ def weighted_sum_kernel(
     inside = column < HIDDEN
     column = tl.where(inside, column, 0)
     total = tl.zeros([BLOCK], tl.float32)
-    if DEPENDENT and not INTERPRETED:
+    if DEPENDENT:
         gdc_wait()
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
@@ -293,4 +292,4 @@ def weighted_sum_kernel(
         if router_weight_ptr is not None:
             value *= tl.load(router_weight_ptr + pair, mask=routed, other=0.0)
         total += value
-    tl.store(out_ptr + token * out_stride + column, to_bfloat16(total), mask=inside)
+    tl.store(out_ptr + token * out_stride + column, total.to(tl.bfloat16), mask=inside)

@@ -8,7 +8,6 @@ import torch
 import triton
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.interpreter import INTERPRETED
 from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.mxfp4_experts import config
 from vllm_sm12x.ops.mxfp4_experts.config import Product, Row
@@ -49,8 +48,8 @@ class _Pairs:
 
     @property
     def dependent_options(self) -> dict[str, object]:
-        """Of kernels that start before the one before them ends; the interpreter has no such."""
-        return {"launch_pdl": True} if self.row.dependent and not INTERPRETED.value else {}
+        """Of kernels that start before the one before them ends."""
+        return {"launch_pdl": True} if self.row.dependent else {}
 
     @property
     def mapped(self) -> int:
@@ -169,7 +168,7 @@ def _chunk(
     align: Align,
     float8: bool,
     row: Row | None,
-    capability: tuple[int, int] | None,
+    capability: tuple[int, int],
 ) -> None:
     num_tokens, hidden_size = hidden_states.shape
     device = hidden_states.device

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.interpreter import dot
 from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.paged_mqa_logits import config
 from vllm_sm12x.ops.paged_mqa_logits.layout import (
@@ -143,7 +142,7 @@ def paged_logits_kernel(
                 mask=valid,
                 other=0.0,
             )
-            scores = dot(keys, queries, tl.zeros([BLOCK_N, HEADS], tl.float32))
+            scores = tl.dot(keys, queries, tl.zeros([BLOCK_N, HEADS], tl.float32))
             scores = tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL) * factor[None, :]
             key = tile * BLOCK_N + entry
             inside = key < length

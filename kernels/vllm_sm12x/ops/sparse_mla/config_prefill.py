@@ -48,13 +48,13 @@ _GLUON_64 = PrefillConfig(64, 16, keys_first=True, num_warps=8, num_stages=4, pa
 
 _SM12X = {8: _TRITON_16, 16: _TRITON_16, 32: _GLUON_32, 64: _GLUON_64, 128: _GLUON_64}
 
-# Target (as `vllm_sm12x.lowering.target_key` names it) -> heads -> configuration. Triton's
-# interpreter can run the Triton kernel alone.
+# Target (as `vllm_sm12x.lowering.target_key` names it) -> heads -> configuration. Those of
+# the Triton kernel stand beside, to compare with.
 PREFILL_TABLE: dict[str, dict[int, PrefillConfig]] = {
     "sm_120": _SM12X,
     "sm_121": _SM12X,
     "sm_90": {8: _TRITON_16, 16: _TRITON_16, 32: _HOPPER_64, 64: _HOPPER_64, 128: _HOPPER_64},
-    "interpreter": {
+    "triton": {
         8: _TRITON_16,
         16: _TRITON_16,
         32: _TRITON_32,

@@ -1,9 +1,9 @@
 """Sparse MLA decode in Gluon, for 16, 32 or 64 heads a program, with layouts chosen by hand.
 
-Arguments and results are those of the Triton kernel in ``decode_kernel``, which stays the form that
-Triton's interpreter can run. What the two differ in: a program takes up to 64 heads, so that a key
-is read and made bfloat16 once for all of them, the queries stay in registers, and the products of
-one tile of keys fill the time that the softmax of the tile before takes.
+Arguments and results are those of the Triton kernel in ``decode_kernel``. What the two differ in: a
+program takes up to 64 heads, so that a key is read and made bfloat16 once for all of them, the
+queries stay in registers, and the products of one tile of keys fill the time that the softmax of
+the tile before takes.
 
 The 512 columns are cut into ``PARTS`` parts, each for an equal share of the warps. A warp's scores
 are sums over its part; they are added up through shared memory. Three tiles of keys are in flight::

@@ -26,7 +26,6 @@ import triton.language as tl
 from vllm_sm12x.lowering import launch_options, multiprocessors, target_key
 from vllm_sm12x.ops.fp8_ds_mla import reference as fp8_ds_mla
 from vllm_sm12x.ops.fp8_ds_mla.layout import DATA_BYTES, HEAD_DIM, NOPE_DIM, ROPE_DIM
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
 from vllm_sm12x.ops.launching import launch
 from vllm_sm12x.ops.sparse_mla import config_decode, decode_gluon
 from vllm_sm12x.ops.sparse_mla.reference import KeySet
@@ -75,8 +74,7 @@ def sparse_mla_decode(
     shifts = [_shift(name, cache) for name, (cache, _, _) in zip(_CACHES, sets, strict=False)]
     keys = sum(indices.shape[1] for _, indices, _ in sets)
     if row is None:
-        target = "interpreter" if INTERPRETED.value else target_key()
-        row = config_decode.row(tokens, heads, keys, target)
+        row = config_decode.row(tokens, heads, keys, target_key())
     if row.parts:
         for name, (cache, _, _) in zip(_CACHES, sets, strict=False):
             _check_copies(name, cache)
@@ -297,7 +295,7 @@ def _make_keys(codes, rotated, exponents):
     scaled = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * bits.to(
         tl.float32, bitcast=True
     )
-    return tl.where(chunk == _CHUNKS - 1, rotated[None, :, :], to_bfloat16(scaled))
+    return tl.where(chunk == _CHUNKS - 1, rotated[None, :, :], scaled.to(tl.bfloat16))
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -404,7 +402,7 @@ def _split_kernel(
         codes, rotated, exponents = _load_keys(slot, tile + 1, *caches, HAS_EXTRA)
         valid = slot >= 0
         slot = _load_slots(tile + 2, last, *chosen, HAS_EXTRA, BLOCK_N)
-        by_chunk = dot(
+        by_chunk = tl.dot(
             queries,
             tl.permute(keys, (0, 2, 1)),
             tl.zeros([_CHUNKS, BLOCK_H, BLOCK_N], tl.float32),
@@ -416,8 +414,8 @@ def _split_kernel(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(weights, 1)
-        spread = tl.broadcast_to(to_bfloat16(weights)[None, :, :], [_CHUNKS, BLOCK_H, BLOCK_N])
-        acc = dot(spread, keys, acc * shrink[None, :, None])
+        spread = tl.broadcast_to(weights.to(tl.bfloat16)[None, :, :], [_CHUNKS, BLOCK_H, BLOCK_N])
+        acc = tl.dot(spread, keys, acc * shrink[None, :, None])
         largest = now_largest
 
     if ONE_SPLIT:
@@ -428,7 +426,7 @@ def _split_kernel(
         share = tl.where(total == 0.0, 0.0, 1.0 / (total + tl.exp2(sink_score - base)))
         tl.store(
             out + token * out_token + row * out_head + column,
-            to_bfloat16(acc * share[None, :, None]),
+            (acc * share[None, :, None]).to(tl.bfloat16),
             mask=head_inside[None, :, None],
         )
         if HAS_LSE:
@@ -489,7 +487,7 @@ def _combine_kernel(
     sink_score = tl.load(sink + head * sink_stride) * _LOG2_E
     share = tl.where(all_total == 0.0, 0.0, 1.0 / (all_total + tl.exp2(sink_score - base)))
     joined = tl.sum(acc * weight[:, None], 0) * share
-    tl.store(out + token * out_token + head * out_head + column, to_bfloat16(joined))
+    tl.store(out + token * out_token + head * out_head + column, joined.to(tl.bfloat16))
     if HAS_LSE:  # noqa: SIM102
         if part == 0:
             tl.store(

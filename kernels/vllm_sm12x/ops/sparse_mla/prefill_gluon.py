@@ -1,9 +1,8 @@
 """Sparse MLA prefill in Gluon, for 32 or 64 heads a program, with layouts chosen by hand.
 
-Arguments and results are those of the Triton kernel in ``prefill_kernel``, which stays the form
-that Triton's interpreter can run. What the two differ in: the queries stay in registers, where
-Triton reads them from shared memory for every tile of keys, and the products of one tile fill the
-time that the softmax of the tile before takes.
+Arguments and results are those of the Triton kernel in ``prefill_kernel``. What the two differ in:
+the queries stay in registers, where Triton reads them from shared memory for every tile of keys,
+and the products of one tile fill the time that the softmax of the tile before takes.
 
 The 512 columns are cut into ``PARTS`` parts, each for an equal share of the warps. A warp's scores
 are sums over its part; they are added up through shared memory. In a round of the loop, tile i is

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_ds_mla.layout import HEAD_DIM
-from vllm_sm12x.ops.interpreter import INTERPRETED, dot, to_bfloat16
 from vllm_sm12x.ops.launching import capability_of, launch
 from vllm_sm12x.ops.sparse_mla import prefill_gluon
 from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig, prefill_config
@@ -113,11 +112,11 @@ def prefill_kernel(
         next_row = tl.load(indices_ptr + tl.where(inside, position, 0), mask=inside, other=-1)
 
         if KEYS_FIRST:
-            scores = dot(keys, q, tl.zeros([BLOCK_N, BLOCK_H], tl.float32)) * scale
+            scores = tl.dot(keys, q, tl.zeros([BLOCK_N, BLOCK_H], tl.float32)) * scale
             scores = tl.where(named[:, None], scores, float("-inf"))
             now_largest = tl.maximum(largest, tl.max(scores, 0))
         else:
-            scores = dot(q, tl.trans(keys), tl.zeros([BLOCK_H, BLOCK_N], tl.float32)) * scale
+            scores = tl.dot(q, tl.trans(keys), tl.zeros([BLOCK_H, BLOCK_N], tl.float32)) * scale
             scores = tl.where(named[None, :], scores, float("-inf"))
             now_largest = tl.maximum(largest, tl.max(scores, 1))
         # No key yet: exp2(-inf - 0) is 0, where exp2(-inf - -inf) would be NaN.
@@ -126,12 +125,12 @@ def prefill_kernel(
         if KEYS_FIRST:
             weights = tl.exp2(scores - shift[None, :])
             total = total * shrink + tl.sum(weights, 0)
-            weights = tl.trans(to_bfloat16(weights))
+            weights = tl.trans(weights.to(tl.bfloat16))
         else:
             weights = tl.exp2(scores - shift[:, None])
             total = total * shrink + tl.sum(weights, 1)
-            weights = to_bfloat16(weights)
-        acc = dot(weights, keys, acc * shrink[:, None])
+            weights = weights.to(tl.bfloat16)
+        acc = tl.dot(weights, keys, acc * shrink[:, None])
         largest = now_largest
 
     # The sink joins the denominator alone. Against a very large one the share is 1 / inf = 0.
@@ -139,7 +138,7 @@ def prefill_kernel(
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     # Without a key the sum is 0; with a sink of -inf that would be 0 * (1 / 0).
     share = tl.where(total == 0.0, 0.0, 1.0 / (total + tl.exp2(sink - shift)))
-    out = to_bfloat16(acc * share[:, None])
+    out = (acc * share[:, None]).to(tl.bfloat16)
     out_ptr += token * out_token_stride
     tl.store(
         out_ptr + head[:, None] * out_head_stride + column[None, :], out, mask=in_heads[:, None]
@@ -175,8 +174,7 @@ def sparse_mla_prefill(
     tokens, heads, _ = q.shape
     capability = capability_of("q", q, "Triton prefill kernel")
     if config is None:
-        target = "interpreter" if INTERPRETED.value else lowering.target_key(capability)
-        config = prefill_config(target, heads)
+        config = prefill_config(lowering.target_key(capability), heads)
     if tokens == 0:
         return
     kernel = prefill_kernel

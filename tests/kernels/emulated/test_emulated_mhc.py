@@ -1,4 +1,4 @@
-"""The Triton hyper-connection kernels against the definition, in Triton's interpreter."""
+"""The Triton hyper-connection kernels against the definition, as compiled for SM12x."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = sorted(
     },
     key=repr,
 )
-# Rounds of the iteration take the interpreter's time, so that few tests have all.
+# Rounds of the iteration take the emulator's time, so that few tests have all.
 PLAIN = dict(
     rms_eps=EPS,
     hc_pre_eps=EPS,

@@ -1,4 +1,4 @@
-"""The decode kernels against the definition: Triton's in its interpreter, Gluon's on the CPU."""
+"""The decode kernels, Triton's and Gluon's, against the definition, as compiled for SM12x."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import math
 import pytest
 import torch
 from decode_checks import check_tokens
-from gluon_on_cpu import OnCpu
 from pages import LatentPages
 from test_sparse_mla import SCALE, Decode, define, rng
 from tolerance import assert_unbiased
 
 from vllm_sm12x.ops import sparse_mla
-from vllm_sm12x.ops.sparse_mla import config_decode, decode_gluon, decode_kernel
+from vllm_sm12x.ops.sparse_mla import config_decode, decode_kernel
 
 ROWS = sorted({row for table in config_decode.TABLE.values() for row in table.values()}, key=repr)
 
 
 @pytest.fixture(autouse=True, params=["triton", "gluon"])
 def kernel(monkeypatch, request):
-    """Each check for both kernels. The Gluon kernel does not run in Triton's interpreter."""
-    monkeypatch.setattr(decode_gluon, "split_kernel", OnCpu(decode_gluon.split_kernel))
-    if request.param == "gluon":
-        monkeypatch.setitem(config_decode.TABLE, "interpreter", config_decode.TABLE["sm_120"])
+    """Each test for both kernels."""
+    rows = config_decode.TABLE["triton" if request.param == "triton" else "sm_121"]
+    monkeypatch.setitem(config_decode.TABLE, "sm_120", rows)
 
 
 # Around tiles of 16, 32 and 64 keys.
@@ -67,7 +65,7 @@ def test_every_row_of_the_table(row, splits):
 @pytest.mark.parametrize(("heads", "splits"), [(8, 64), (16, 2), (32, 2), (64, 1), (128, 1)])
 def test_numbers_of_heads(heads, splits):
     case = Decode([31], 128, heads=heads, extra_lens=[1], extra_width=60)
-    row = config_decode.row(20, heads, 188, "interpreter")
+    row = config_decode.row(20, heads, 188, "sm_120")
     check(case, row=row, splits=splits)
 
 

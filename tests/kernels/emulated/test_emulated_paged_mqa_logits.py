@@ -1,4 +1,4 @@
-"""The Triton kernel of the decode logits against the definition, in Triton's interpreter."""
+"""The Triton kernel of the decode logits against the definition, as compiled for SM12x."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the MXFP4 experts against the definition, in Triton's interpreter."""
+"""The Triton kernels of the MXFP4 experts against the definition, as compiled for SM12x."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = sorted({row for rows in TABLE.values() for row in rows.values()}, key=rep
 
 FLOAT8_ROWS = sorted({row for rows in FLOAT8_TABLE.values() for row in rows.values()}, key=repr)
 
-# Small, so that the interpreter is quick: tiles found inside the products, and sorted before.
+# Small, so that the emulator is quick: tiles found inside the products, and sorted before.
 FEW = Row(16, 32, Product(128, 64, 4, 2), Product(64, 128, 4, 2), dependent=True, lines=2)
 SORTED = Row(16, 0, Product(64, 128, 4, 2), Product(64, 64, 4, 2))
 FORMS = pytest.mark.parametrize("row", [FEW, SORTED], ids=["few", "sorted"])
