@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from tests.oracle.__main__ import main
 from tests.oracle.agreement import compare, table
 from tests.oracle.faults import FAULTS
 from tests.oracle.model import Exact, log_probabilities
@@ -181,24 +182,29 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_command_finds_a_fault_and_passes_the_noise(tiny, tmp_path):
-    runs = {
-        "exact": [],
-        "rounded": ["--rounded"],
-        "faulty": ["--fault", "no_sinks"],
-        "both": ["--fault", "no_sinks", "--rounded"],
-    }
+def test_the_command_finds_a_fault_and_passes_the_noise(tiny, tmp_path, capsys):
+    """A run is made and compared by the command, the others by what it calls in this process."""
+    faulty = ["--fault", "no_sinks"]
+    runs = {"rounded": ["--rounded"], "faulty": faulty, "both": [*faulty, "--rounded"]}
+
+    def score(name, *options):
+        return ["score", tiny, "--out", tmp_path / name, "--prompts", "200", *options]
+
+    done = command(*score("exact"))
+    assert done.returncode == 0, done.stderr[-2000:]
     for name, options in runs.items():
-        done = command("score", tiny, "--out", tmp_path / name, "--prompts", "200", *options)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert main([str(word) for word in score(name, *options)]) == 0
     judged = ["--noise", tmp_path / "rounded", "--faults", tmp_path / "faulty"]
+
+    def compared(name, *options):
+        return ["compare", tmp_path / "exact", tmp_path / name, *options]
+
     report = tmp_path / "report.json"
-    right = command("compare", tmp_path / "exact", tmp_path / "rounded", *judged, "--out", report)
+    right = command(*compared("rounded", *judged, "--out", report))
     assert right.returncode == 0, right.stdout + right.stderr
     assert json.loads(report.read_text())["problems"] == []
-    wrong = command("compare", tmp_path / "exact", tmp_path / "both", *judged)
-    assert wrong.returncode == 1
-    assert "problem: no_sinks: share" in wrong.stdout
-    missing = command("compare", tmp_path / "exact", tmp_path / "absent")
-    assert missing.returncode == 2
-    assert "error: " in missing.stderr
+    capsys.readouterr()
+    assert main([str(word) for word in compared("both", *judged)]) == 1
+    assert "problem: no_sinks: share" in capsys.readouterr().out
+    assert main([str(word) for word in compared("absent")]) == 2
+    assert "error: " in capsys.readouterr().err
