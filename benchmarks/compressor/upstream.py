@@ -193,12 +193,10 @@ def _case(
 
 def examine_all(only: str = "") -> Iterator[Report]:
     """Compile the cases whose label begins with ``only``, for every target."""
-    from vllm_sm12x.proof.gate import TARGETS, examine
+    from vllm_sm12x.proof import gate
 
-    for case in cases():
-        if case.label.startswith(only):
-            for target in TARGETS:
-                yield examine(case, target)
+    chosen = [case for case in cases() if case.label.startswith(only)]
+    return gate.examine_all((case, target) for case in chosen for target in gate.TARGETS)
 
 
 def main() -> int:
