@@ -37,6 +37,7 @@ def execute(
     threads: int = 32,
     grid: tuple[int, int, int] = (1, 1, 1),
     shared_bytes: int = 0,
+    traffic: bool = False,
 ) -> Counts:
     """Run a kernel of one entry.
 
@@ -44,6 +45,7 @@ def execute(
         body: Its instructions. ``%r99`` and ``%rd99`` hold the thread, ``%rd90`` and on the
             addresses of the tensors.
         shared_bytes: Of ``memory``, shared memory of a block.
+        traffic: Whether to count what accesses take.
 
     Raises:
         KernelFault: As the emulator does, also ``PtxError``.
@@ -60,4 +62,5 @@ def execute(
         Program(parse(text)),
         Launch(grid, tuple(t.data_ptr() for t in tensors), shared_bytes),
         GlobalMemory(map(span_of, tensors)),
+        traffic,
     )

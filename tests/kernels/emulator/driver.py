@@ -49,11 +49,13 @@ class EmulatedDriver(DriverBase):
     Attributes:
         capability: Of the GPU.
         shared_limit: Bytes of shared memory that a block may have.
+        traffic: Whether to count what accesses to memory take.
         launched: What was run, in order.
     """
 
     capability: tuple[int, int]
     shared_limit: int
+    traffic: bool = False
     launched: list[Launched] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -106,6 +108,7 @@ class EmulatedDriver(DriverBase):
             program,
             Launch(grid, (*values, *_SCRATCH), shared_bytes),
             GlobalMemory(map(span_of, tensors)),
+            self.traffic,
         )
         self.launched.append(Launched(program.kernel.name, grid, counts))
 
@@ -143,13 +146,16 @@ def _flat(kinds, values) -> Iterator[tuple[str, object]]:
 
 
 @contextmanager
-def emulated(capability: tuple[int, int], shared_limit: int) -> Iterator[EmulatedDriver]:
+def emulated(
+    capability: tuple[int, int], shared_limit: int, traffic: bool = False
+) -> Iterator[EmulatedDriver]:
     """Triton launches on the emulator, as a GPU of this capability.
 
     Args:
         shared_limit: Bytes of shared memory that a block may have.
+        traffic: Whether to count what accesses to memory take, which is slow.
     """
-    driver = EmulatedDriver(capability, shared_limit)
+    driver = EmulatedDriver(capability, shared_limit, traffic)
     with ExitStack() as stack:
         stack.enter_context(patch.object(runtime, "_active", driver))
         stack.enter_context(knobs.runtime.scope())

@@ -19,6 +19,7 @@ from emulator.instructions import action
 from emulator.matrix import WARP
 from emulator.memory import SHARED_BASE, GlobalMemory, SharedMemory
 from emulator.parse import Immediate, Instruction, Kernel, Name, Operand, Register
+from emulator.traffic import Traffic, observe
 
 # Threads that go together. More take fewer steps, each of more work.
 _LANES = 8192
@@ -41,13 +42,23 @@ class Launch:
 
 @dataclass
 class Counts:
-    """What was executed: how often a warp did each opcode."""
+    """What was executed.
+
+    Attributes:
+        warps: How often a warp did each opcode.
+        traffic: What the instructions took of each memory (``"shared"``, ``"global"``), by the line
+            of Python and the opcode. Empty where it was not asked for.
+    """
 
     warps: Counter[str] = field(default_factory=Counter)
+    traffic: dict[tuple[str, str, str], Traffic] = field(default_factory=dict)
 
 
-def run(program: Program, launch: Launch, memory: GlobalMemory) -> Counts:
+def run(program: Program, launch: Launch, memory: GlobalMemory, traffic: bool = False) -> Counts:
     """Run every block of a launch.
+
+    Args:
+        traffic: Whether to count what accesses take, which is slow.
 
     Raises:
         KernelFault: The kernel did what it may not; the message names instruction and place.
@@ -58,7 +69,8 @@ def run(program: Program, launch: Launch, memory: GlobalMemory) -> Counts:
     blocks = np.arange(x * y * z)
     together = max(1, _LANES // kernel.threads)
     for first in range(0, blocks.size, together):
-        Machine(program, launch, memory, blocks[first : first + together], counts).run()
+        some = blocks[first : first + together]
+        Machine(program, launch, memory, some, counts, traffic).run()
     return counts
 
 
@@ -104,6 +116,7 @@ class Machine:
         memory: GlobalMemory,
         blocks: np.ndarray,
         counts: Counts,
+        traffic: bool,
     ) -> None:
         threads = program.kernel.threads
         self.lanes = blocks.size * threads
@@ -116,6 +129,7 @@ class Machine:
         self.parameters = launch.parameters
         self._program = program
         self._counts = counts
+        self._traffic = traffic
         self._registers: dict[str, np.ndarray] = {}
         number = np.repeat(blocks, threads)
         x, y, z = launch.grid
@@ -155,10 +169,18 @@ class Machine:
         for instruction, act in segment:
             self._counts.warps[instruction.opcode] += warps
             try:
-                act(self, self._guarded(instruction, on))
+                executes = self._guarded(instruction, on)
+                if self._traffic:
+                    self._observe(instruction, executes)
+                act(self, executes)
             except (KernelFault, PtxError) as error:
                 where = f"{self._program.kernel.name}, {instruction.place or 'no place'}"
                 raise type(error)(f"{where}: {error}: {instruction.text}") from None
+
+    def _observe(self, instruction: Instruction, on: Mask) -> None:
+        for memory, taken in observe(self, instruction, on):
+            key = (memory, instruction.place, instruction.opcode)
+            self._counts.traffic.setdefault(key, Traffic()).add(*taken)
 
     def _guarded(self, instruction: Instruction, on: Mask) -> Mask:
         guard = instruction.guard
