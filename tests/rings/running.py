@@ -81,6 +81,9 @@ def environment_of(part: Part, gpu: bool) -> dict[str, str]:
     if not gpu:
         # Ring 0 means the same on a machine that has a GPU.
         env["CUDA_VISIBLE_DEVICES"] = ""
+        # Parts run beside each other. PyTorch's threads spin while they wait for one another, and
+        # where each part has one for every core, they do little else.
+        env["OMP_NUM_THREADS"] = "1"
     return env
 
 

@@ -90,6 +90,12 @@ def test_the_gpu_is_hidden_from_ring_0_alone(monkeypatch):
     assert running.environment_of(PART, gpu=True)["CUDA_VISIBLE_DEVICES"] == "3"
 
 
+def test_parts_of_ring_0_have_one_thread_each(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert running.environment_of(PART, gpu=False)["OMP_NUM_THREADS"] == "1"
+    assert running.environment_of(PART, gpu=True)["OMP_NUM_THREADS"] == "7"
+
+
 def test_every_folder_with_tests_is_a_part():
     tracked = git("ls-files", "tests", cwd=ROOT).lines
     folders = {path.split("/")[1] for path in tracked if Path(path).match("test_*.py")}
