@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 
 from vllm_sm12x.adapters.mtp import is_deepseek_v4
@@ -105,7 +105,9 @@ def warm_up_mixed_batch(worker: Worker) -> None:
     """Run a batch of requests that decode and one that is read, with attention, once.
 
     With eager execution or piecewise graphs, nothing before serving runs attention, and nothing
-    ever reads a prompt. The run writes nothing to the KV cache.
+    ever reads a prompt. With eager execution one token follows: the embedding of more than one rank
+    is given to ``torch.compile``, which compiles again for it. The runs write nothing to the KV
+    cache.
 
     Args:
         worker: As of :func:`warm_up_kernels`.
@@ -127,6 +129,8 @@ def warm_up_mixed_batch(worker: Worker) -> None:
         create_mixed_batch=True,
         skip_eplb=True,
     )
+    if worker.vllm_config.compilation_config.mode == CompilationMode.NONE:
+        worker.model_runner._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE, skip_eplb=True)
 
 
 def _applies(worker: Worker) -> bool:

@@ -25,6 +25,8 @@ implementation.choose = lambda operation, asked, on_gpu: asked or "triton"
 from drafting import every_step  # noqa: E402
 from launch_keys import Keys, recorded  # noqa: E402
 from steps import Caller, Step, steps  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+from vllm.config import CompilationMode  # noqa: E402
 
 from vllm_sm12x import dispatch  # noqa: E402
 from vllm_sm12x.adapters import warm_up  # noqa: E402
@@ -122,7 +124,7 @@ def warmed_up(engine: flash_engine.Engine) -> Keys:
     with recorded(CAPABILITY) as keys:
         warm_up.warm_up_kernels(worker)
         warm_up.warm_up_mixed_batch(worker)
-        (((tokens,), how),) = worker.model_runner._dummy_run.call_args_list
+        ((tokens,), how), _ = worker.model_runner._dummy_run.call_args_list
         assert (how["force_attention"], how["create_mixed_batch"]) == (True, True)
         # Half of the tokens decode, and one prompt has the others.
         caller.make(Step((1,) * (tokens // 2), (tokens - tokens // 2,)))
@@ -175,11 +177,40 @@ def test_what_is_decoded_at_most(engine):
     assert warm_up.limits_of(wide).decode_tokens == 100
 
 
-def worker_of(model_type: str) -> SimpleNamespace:
+@pytest.mark.parametrize("one_token", [True, False])
+def test_no_number_of_tokens_makes_the_embedding_compile(engine, gpu, monkeypatch, one_token):
+    from vllm.model_executor.layers import vocab_parallel_embedding as layer
+
+    worker = engine.worker
+    worker.scheduler_config = engine.config.scheduler_config
+    run = worker.model_runner._dummy_run = Mock()
+    warm_up.warm_up_mixed_batch(worker)
+    # On the CPU from here on, and without the other ranks.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(layer, "tensor_model_parallel_all_reduce", lambda part: part)
+    torch.compiler.reset()
+    embedding = engine.model.model.embed_tokens
+    ids = torch.zeros(40, dtype=torch.int32)
+
+    def embed(counts: list[int]) -> int:
+        before = counters["stats"]["unique_graphs"]
+        with torch.inference_mode():
+            for count in counts:
+                embedding(ids[:count])
+        return counters["stats"]["unique_graphs"] - before
+
+    calls = run.call_args_list if one_token else run.call_args_list[:1]
+    assert embed([call.args[0] for call in calls]) == len(calls)
+    assert embed(list(range(1, 41))) == (not one_token)
+
+
+def worker_of(model_type: str, mode: CompilationMode) -> SimpleNamespace:
     hf_config = SimpleNamespace(model_type=model_type)
     model_config = SimpleNamespace(hf_config=hf_config, max_model_len=4096)
     return SimpleNamespace(
-        vllm_config=SimpleNamespace(model_config=model_config),
+        vllm_config=SimpleNamespace(
+            model_config=model_config, compilation_config=SimpleNamespace(mode=mode)
+        ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=4096),
         model_runner=SimpleNamespace(_dummy_run=Mock()),
         get_model=Mock(),
@@ -192,7 +223,7 @@ def worker_of(model_type: str) -> SimpleNamespace:
 def test_others_are_left_alone(gpu, monkeypatch, model_type, portable):
     monkeypatch.setenv("SM12X_PORTABLE", portable)
     dispatch.clear_cache()
-    worker = worker_of(model_type)
+    worker = worker_of(model_type, CompilationMode.NONE)
     with recorded(CAPABILITY) as keys:
         warm_up.warm_up_kernels(worker)
         warm_up.warm_up_mixed_batch(worker)
@@ -206,16 +237,18 @@ def test_others_are_left_alone(gpu, monkeypatch, model_type, portable):
 @pytest.mark.parametrize(
     ("step", "model_len", "tokens"), [(4096, 4096, [16]), (7, 4096, [7]), (64, 9, [8]), (1, 1, [])]
 )
-def test_the_mixed_batch_fits_the_engine(gpu, step, model_len, tokens):
-    worker = worker_of("deepseek_v4")
+@pytest.mark.parametrize("mode", [CompilationMode.VLLM_COMPILE, CompilationMode.NONE])
+def test_the_mixed_batch_fits_the_engine(gpu, step, model_len, tokens, mode):
+    worker = worker_of("deepseek_v4", mode)
     worker.scheduler_config.max_num_batched_tokens = step
     worker.vllm_config.model_config.max_model_len = model_len
     warm_up.warm_up_mixed_batch(worker)
-    assert [call.args[0] for call in worker.model_runner._dummy_run.call_args_list] == tokens
+    one = [1] if tokens and mode == CompilationMode.NONE else []
+    assert [call.args[0] for call in worker.model_runner._dummy_run.call_args_list] == tokens + one
 
 
 def test_the_second_runner_warms_itself_up(gpu):
-    worker = worker_of("deepseek_v4")
+    worker = worker_of("deepseek_v4", CompilationMode.NONE)
     worker.use_v2_model_runner = True
     warm_up.warm_up_mixed_batch(worker)
     worker.model_runner._dummy_run.assert_not_called()

@@ -37,6 +37,7 @@ def gpu() -> Iterator[None]:
     """What vLLM and xgrammar ask torch of a GPU; on one, xgrammar takes Triton's kernel."""
     import xgrammar
     from vllm.platforms import current_platform
+    from vllm.utils import platform_utils
     from vllm.v1.sample.ops import topk_topp_sampler
 
     masked = xgrammar.apply_token_bitmask_inplace
@@ -57,6 +58,9 @@ def gpu() -> Iterator[None]:
             *((torch.Tensor, name, _unseeded(name)) for name in ("exponential_", "uniform_")),
         ):
             stack.enter_context(patch.object(target, name, new))
+        for told in (platform_utils.is_pin_memory_available, platform_utils.num_compute_units):
+            told.cache_clear()
+            stack.callback(told.cache_clear)
         yield
 
 
