@@ -177,6 +177,24 @@ def test_what_is_decoded_at_most(engine):
     assert warm_up.limits_of(wide).decode_tokens == 100
 
 
+def test_the_logits_are_what_sampling_is_warmed_up_for(engine, monkeypatch):
+    """Their dtype is the model's, and rows are as far apart as the padded vocabulary."""
+    from vllm.model_executor.layers import logits_processor
+    from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
+
+    ranks = engine.config.parallel_config.tensor_parallel_size
+    monkeypatch.setattr(
+        logits_processor,
+        "tensor_model_parallel_all_gather",
+        lambda part: torch.cat([part] * ranks, dim=-1),
+    )
+    config = engine.config.model_config
+    for rows in (1, 3):
+        logits = engine.model.compute_logits(torch.zeros(rows, 4096, dtype=config.dtype))
+        assert (logits.dtype, logits.shape) == (config.dtype, (rows, config.get_vocab_size()))
+        assert (logits.stride(0), logits.stride(1)) == (pad_vocab_size(config.get_vocab_size()), 1)
+
+
 @pytest.mark.parametrize("one_token", [True, False])
 def test_no_number_of_tokens_makes_the_embedding_compile(engine, gpu, monkeypatch, one_token):
     from vllm.model_executor.layers import vocab_parallel_embedding as layer
