@@ -82,8 +82,13 @@ TABLE: dict[str, dict[tuple[int, str, str], Row]] = {
     "triton": {shape: _triton(shape[0], shape[2]) for shape in _SHAPES},
 }
 
-# Splits, rounded up to a power of two -> row; the same for every target.
-COMBINE = {slots: CombineRow(slots, block_d=128, num_warps=4) for slots in (2, 4, 8, 16, 32, 64)}
+# Splits, rounded up to a power of two -> row; the same for every target. One warp a program, which
+# adds up without shared memory or barriers. Few splits come with many tokens, whose programs fill
+# the GPU; with many splits more programs share the columns.
+COMBINE = {
+    **{slots: CombineRow(slots, block_d=128, num_warps=1) for slots in (2, 4, 8)},
+    **{slots: CombineRow(slots, block_d=32, num_warps=1) for slots in (16, 32, 64)},
+}
 
 
 def row(tokens: int, heads: int, keys: int, target: str) -> Row:

@@ -237,6 +237,13 @@ def split_kernel(
     # Scores once they are added up: all parts of a score in one thread, eight heads a warp.
     summed: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1, WARPS], [1, 16, 8])
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+    # Where rows are shorter than the 128 bytes of all banks, several share a phase.
+    weights_swizzled: gl.constexpr = gl.SwizzledSharedLayout(
+        8, max(1, 64 // BLOCK_H), min(8, BLOCK_H // 8), [2, 1, 0]
+    )
+    scores_swizzled: gl.constexpr = gl.SwizzledSharedLayout(
+        8, max(1, 32 // BLOCK_H), min(8, BLOCK_H // 8), [2, 1, 0]
+    )
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     LANES: gl.constexpr = min(32, COLUMNS // 8)
     blocked: gl.constexpr = gl.BlockedLayout(
@@ -246,8 +253,10 @@ def split_kernel(
     groups_layout: gl.constexpr = gl.BlockedLayout(
         [1, 1, 8], [32 // LANES, LANES // 8, 8], [WARPS, 1, 1], [2, 1, 0]
     )
-    codes_layout: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [WARPS, 1], [1, 0])
-    scales_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    # A thread copies from the rows that it makes keys of: addresses need not change threads.
+    rows: gl.constexpr = [32 // LANES, LANES]
+    codes_layout: gl.constexpr = gl.BlockedLayout([1, 16], rows, [WARPS, 1], [1, 0])
+    scales_layout: gl.constexpr = gl.BlockedLayout([1, 8], rows, [WARPS, 1], [1, 0])
     copied_rows: gl.constexpr = gl.SliceLayout(1, codes_layout)
     summed_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, summed))
     summed_heads: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, summed))
@@ -310,8 +319,10 @@ def split_kernel(
     queries = staged.permute((0, 2, 1)).load(right)
 
     keys = gl.allocate_shared_memory(gl.bfloat16, [3, PARTS, BLOCK_N, COLUMNS], swizzled)
-    weights = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_N, BLOCK_H], swizzled)
-    scores_of_parts = gl.allocate_shared_memory(gl.float32, [PARTS, BLOCK_N, BLOCK_H], swizzled)
+    weights = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_N, BLOCK_H], weights_swizzled)
+    scores_of_parts = gl.allocate_shared_memory(
+        gl.float32, [PARTS, BLOCK_N, BLOCK_H], scores_swizzled
+    )
     shrinks = gl.allocate_shared_memory(
         gl.float32, [BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
