@@ -9,9 +9,18 @@ import pytest
 from vllm_sm12x import lowering
 from vllm_sm12x.proof import discover, gate
 
-CASES = [(name, case) for name, given in discover.cases().items() for case in given]
 # Neighbours that are compiled together, so that the disassembler need not start for each.
 TOGETHER = 4
+GROUPS = {
+    (name, at): given[at : at + TOGETHER]
+    for name, given in discover.cases().items()
+    for at in range(0, len(given), TOGETHER)
+}
+PLACES = [
+    pytest.param(group, place, id=f"{group[0]}: {case.label}")
+    for group, given in GROUPS.items()
+    for place, case in enumerate(given)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -31,19 +40,17 @@ def test_every_kernel_and_every_row_has_a_case():
 
 @functools.cache
 def reports_of(group):
-    """By the number of the case and the target, of one group of neighbours."""
-    numbers = range(group * TOGETHER, min((group + 1) * TOGETHER, len(CASES)))
-    work = [(number, target) for number in numbers for target in gate.TARGETS]
-    reports = gate.examine_all((CASES[number][1], target) for number, target in work)
-    return dict(zip(work, reports, strict=True))
+    """By target, those of the cases of a group."""
+    work = [(case, target) for target in gate.TARGETS for case in GROUPS[group]]
+    reports = list(gate.examine_all(work))
+    return {
+        target: [report for report in reports if report.target == target] for target in gate.TARGETS
+    }
 
 
 @pytest.mark.parametrize("target", gate.TARGETS)
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(at, id=f"{name}: {case.label}") for at, (name, case) in enumerate(CASES)],
-)
-def test_a_kernel_passes(number, target):
-    report = reports_of(number // TOGETHER)[number, target]
-    assert (report.case, report.target) == (CASES[number][1], target)
+@pytest.mark.parametrize(("group", "place"), PLACES)
+def test_a_kernel_passes(group, place, target):
+    report = reports_of(group)[target][place]
+    assert report.case is GROUPS[group][place]
     assert report.failures == ()
