@@ -155,31 +155,43 @@ def _make_keys(
     keys,
     raw,
     PARTS: gl.constexpr,
-    part_layout: gl.constexpr,
+    AT_ONCE: gl.constexpr,
+    blocked: gl.constexpr,
     groups_layout: gl.constexpr,
 ):
-    """Make bfloat16 ``[PARTS, n, 512 / PARTS]`` in shared memory of what was copied."""
+    """Make bfloat16 ``[PARTS, n, 512 / PARTS]`` in shared memory of what was copied.
+
+    ``AT_ONCE`` parts at a time, which a thread holds in registers. The compiler puts a barrier
+    between one store and the next.
+    """
     codes, rotated, exponents = raw
     rows: gl.constexpr = rotated.shape[0]
     columns: gl.constexpr = rotated.shape[1]
     groups: gl.constexpr = _GROUPS // PARTS
-    for part in gl.static_range(PARTS):
-        exponent = exponents.slice(part * groups, groups, dim=1)
-        exponent = exponent.load(gl.SliceLayout(2, groups_layout)).to(gl.int32)
+    for first in gl.static_range(0, PARTS, AT_ONCE):
+        exponent = exponents.reshape([rows, PARTS, groups]).permute([1, 0, 2])
+        exponent = exponent.slice(first, AT_ONCE, dim=0)
+        exponent = exponent.load(gl.SliceLayout(3, groups_layout)).to(gl.int32)
         # E8M0: the float32 with these exponent bits, save 2**-127, which is subnormal, and NaN.
         bits = gl.where(exponent == 0, 0x0040_0000, exponent << 23)
         bits = gl.where(exponent == 255, 0x7FC0_0000, bits)
-        scale = gl.expand_dims(bits.to(gl.float32, bitcast=True), 2)
-        scale = gl.reshape(scale.broadcast_to([rows, groups, _ROPE_DIM]), [rows, columns])
-        scale = gl.convert_layout(scale, part_layout, assert_trivial=True)
-        code = codes.slice(part * columns, columns, dim=1).load(part_layout)
+        scale = gl.expand_dims(bits.to(gl.float32, bitcast=True), 3)
+        scale = scale.broadcast_to([AT_ONCE, rows, groups, _ROPE_DIM])
+        scale = gl.reshape(scale, [AT_ONCE, rows, columns])
+        scale = gl.convert_layout(scale, blocked, assert_trivial=True)
+        code = codes.reshape([rows, PARTS, columns]).permute([1, 0, 2])
+        code = code.slice(first, AT_ONCE, dim=0).load(blocked)
         value = code.to(gl.float8e4nv, bitcast=True).to(gl.float32) * scale
         value = value.to(gl.bfloat16)
-        if part == PARTS - 1:
-            column = gl.arange(0, columns, layout=gl.SliceLayout(0, part_layout))
-            is_rotated = gl.expand_dims(column >= columns - _ROPE_DIM, 0)
-            value = gl.where(is_rotated, rotated.load(part_layout), value)
-        keys.slice(part, 1, dim=0).store(gl.expand_dims(value, 0))
+        if first + AT_ONCE == PARTS:
+            part = gl.arange(0, AT_ONCE, layout=gl.SliceLayout(1, gl.SliceLayout(2, blocked)))
+            column = gl.arange(0, columns, layout=gl.SliceLayout(0, gl.SliceLayout(0, blocked)))
+            is_last = gl.expand_dims(gl.expand_dims(part, 1), 2) == AT_ONCE - 1
+            column = gl.expand_dims(gl.expand_dims(column, 0), 0)
+            last = gl.expand_dims(rotated.load(gl.SliceLayout(0, blocked)), 0)
+            last = last.broadcast_to([AT_ONCE, rows, columns])
+            value = gl.where(is_last & (column >= columns - _ROPE_DIM), last, value)
+        keys.slice(first, AT_ONCE, dim=0).store(value)
 
 
 @gluon.jit(do_not_specialize=_PLAIN)
@@ -228,6 +240,8 @@ def split_kernel(
     """As ``decode_kernel._split_kernel``; ``BLOCK_N`` is 16."""
     WARPS: gl.constexpr = gl.num_warps()
     COLUMNS: gl.constexpr = _HEAD_DIM // PARTS
+    # With 64 heads there are no registers for more.
+    AT_ONCE: gl.constexpr = PARTS if BLOCK_H <= 32 else 1
     # Both products: a part of the columns for WARPS / PARTS warps, which lie along the last axis.
     product: gl.constexpr = gl.NVMMADistributedLayout(
         [2, 0], [PARTS, 1, WARPS // PARTS], [1, 16, 8]
@@ -251,7 +265,7 @@ def split_kernel(
     )
     part_layout: gl.constexpr = gl.SliceLayout(0, blocked)
     groups_layout: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 8], [32 // LANES, LANES // 8, 8], [WARPS, 1, 1], [2, 1, 0]
+        [1, 1, 1, 8], [1, 32 // LANES, LANES // 8, 8], [1, WARPS, 1, 1], [3, 2, 1, 0]
     )
     # A thread copies from the rows that it makes keys of: addresses need not change threads.
     rows: gl.constexpr = [32 // LANES, LANES]
@@ -330,7 +344,7 @@ def split_kernel(
         slot = _load_slots(first + 2 + i, last, *chosen, HAS_EXTRA, BLOCK_N, copied_rows)
         raw = (codes.index(i), rotated.index(i), exponents.index(i))
         async_copy.wait_group(1)
-        _make_keys(keys.index(i), raw, PARTS, part_layout, groups_layout)
+        _make_keys(keys.index(i), raw, PARTS, AT_ONCE, blocked, groups_layout)
         _start_copy(
             raw, slot, first + 2 + i, *caches, HAS_EXTRA, codes_layout, part_layout, scales_layout
         )
@@ -352,7 +366,7 @@ def split_kernel(
         raw = (codes.index(copied), rotated.index(copied), exponents.index(copied))
         async_copy.wait_group(1)
         following_scores = mma_v2(keys.index(following).load(left), queries, nothing)
-        _make_keys(keys.index(free), raw, PARTS, part_layout, groups_layout)
+        _make_keys(keys.index(free), raw, PARTS, AT_ONCE, blocked, groups_layout)
         _start_copy(
             raw, slot, tile + 4, *caches, HAS_EXTRA, codes_layout, part_layout, scales_layout
         )
