@@ -11,14 +11,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PATHS = ("portable", "native")
 LOWERINGS = ("auto", "native", "sm120")
+# What every engine of the tests is started with.
+ENGINE = {
+    "HF_HUB_OFFLINE": "1",
+    # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
 # Settings that a report names.
 _NAMED = ("SM12X_PORTABLE", "SM12X_KERNELS", "SM12X_LOWERING", "SM12X_MTP_FULL_GRAPHS")
 
 
 def add_path_options(parser: argparse.ArgumentParser) -> None:
     """``--path``, ``--operations``, ``--kernels``, ``--lowering``, ``--memory``, ``--commit``."""
-    parser.add_argument("--path", choices=("portable", "native"), default="portable")
+    parser.add_argument("--path", choices=PATHS, default="portable")
     parser.add_argument(
         "--operations", help="exact SM12X_PORTABLE value instead of all or none; no tripwires then"
     )
@@ -47,9 +54,8 @@ def prepare(args: argparse.Namespace) -> bool:
     """
     # One process: the tripwires must be where the model runs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    for name, value in ENGINE.items():
+        os.environ.setdefault(name, value)
     os.environ.update(path_settings(args))
     guarded = args.path == "portable" and not args.operations and getattr(args, "tp", 1) == 1
     if guarded:

@@ -8,11 +8,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.engine.environment import LOWERINGS
+from tests.engine.environment import ENGINE, LOWERINGS, PATHS
 
 HOST = "127.0.0.1"
 MODEL_NAME = "deepseek-v4-made"
-PATHS = ("portable", "native")
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,8 @@ def variables(path: str, kernels: str = "auto", lowering: str = "auto") -> dict[
     for name, value, allowed in (("path", path, PATHS), ("lowering", lowering, LOWERINGS)):
         if value not in allowed:
             raise ValueError(f"{name}: {value!r}, allowed: {', '.join(allowed)}")
-    said = {
-        "HF_HUB_OFFLINE": "1",
+    said = ENGINE | {
         "VLLM_NO_USAGE_STATS": "1",
-        # FlashInfer's sampler compiles with nvcc at run time; a serving machine may have none.
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "SM12X_PORTABLE": "all" if path == "portable" else "none",
     }
     if path == "portable":
