@@ -103,6 +103,13 @@ def test_pages_that_are_not_aligned(request):
         check(case)
 
 
+@pytest.mark.parametrize("kernel", ["gluon"], indirect=True)
+def test_threads_that_hold_copies_of_a_sum_agree(kernel):
+    """To the last bit, for which of them stores it is left to chance. They seldom differ."""
+    more = dict(extra_lens=[512] * 12, extra_width=512, extra_block_size=64)
+    check(Decode([128] * 12, 128, heads=64, **more), splits=15)
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_absent_keys(splits):
     case = Decode([100, 128, 128, 50], 128, extra_lens=[0, 40, 3, 40], extra_width=40)

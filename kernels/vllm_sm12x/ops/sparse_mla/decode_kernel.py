@@ -483,7 +483,9 @@ def _combine_kernel(
     all_largest = tl.max(largest, 0)
     base = tl.where(all_largest == float("-inf"), 0.0, all_largest)
     weight = tl.where(seen, tl.exp2(largest - base), 0.0)
-    all_total = tl.sum(total * weight, 0)
+    # The choice keeps the product out of the sum's first addition: fused with it, a product would
+    # be rounded in one thread and not in its neighbour, and their sums would differ.
+    all_total = tl.sum(tl.where(seen, total * weight, 0.0), 0)
     sink_score = tl.load(sink + head * sink_stride) * _LOG2_E
     share = tl.where(all_total == 0.0, 0.0, 1.0 / (all_total + tl.exp2(sink_score - base)))
     joined = tl.sum(acc * weight[:, None], 0) * share
