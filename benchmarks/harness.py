@@ -152,12 +152,13 @@ def rate(timing: Timing, *, flops: float = 0.0, nbytes: float = 0.0) -> dict[str
 class Report:
     """Prints results as rows the moment they are there, and appends them to a JSON-lines file."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, machine: str | None = None) -> None:
+        """``machine`` by default is the current GPU, with the versions of torch and triton."""
         self._out: Path | None = arguments.out
         self._about = {
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
             "commit": arguments.commit or _commit(),
-            "machine": _machine(),
+            "machine": machine or _machine(),
             "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         }
         self._widths: dict[str, int] = {}

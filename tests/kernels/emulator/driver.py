@@ -21,6 +21,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver as runtime
 
 from emulator.machine import Counts, Launch, Program, run
+from emulator.matrix import WARP
 from emulator.memory import GlobalMemory
 from emulator.parse import parse
 
@@ -35,10 +36,11 @@ _SCRATCH = (0, 0)
 
 @dataclass(frozen=True)
 class Launched:
-    """A launch that was run: the kernel's name, its grid and what its warps executed."""
+    """A launch that was run: the kernel's name, grid, warps a block and what they executed."""
 
     kernel: str
     grid: tuple[int, int, int]
+    warps: int
     counts: Counts
 
 
@@ -110,7 +112,9 @@ class EmulatedDriver(DriverBase):
             GlobalMemory(map(span_of, tensors)),
             self.traffic,
         )
-        self.launched.append(Launched(program.kernel.name, grid, counts))
+        self.launched.append(
+            Launched(program.kernel.name, grid, program.kernel.threads // WARP, counts)
+        )
 
     def begin_load(self, module, function, name, files, digest) -> None:
         """Triton's hook before it loads a kernel, which gives the files where the load does not."""
