@@ -254,19 +254,15 @@ def _todo_file(work: Path) -> Path:
 
 
 def _write_todo(work: Path, state: State, made: Resolutions) -> None:
-    """Git's list of what to do: a pick a patch, a break where a recorded amendment follows."""
+    """Git's list of what to do: a pick a patch, a break where something is recorded of it."""
     lines = []
     for patch, old in state.patches:
-        held = {made.dropped.get(patch)}
-        if patch in made.amendments:
-            held.add(made.amendments[patch].fingerprint)
-        valid = resolutions.fingerprint(work, old) in held
-        if valid and patch in made.dropped:
+        if resolutions.fingerprint(work, old) == made.dropped.get(patch):
             state.dropped.append(patch)
             lines.append(f"drop {old} {patch}")
             continue
         lines.append(f"pick {old} {patch}")
-        if valid:
+        if patch in made.amendments or patch in made.dropped:
             lines.append("break")
     _todo_file(work).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -362,6 +358,8 @@ def _settle(work: Path, state: State, made: Resolutions) -> Stop | None:
     if amendment and amendment.fingerprint != resolutions.fingerprint(work, state.old_of(patch)):
         amendment = None
     if at_break:
+        if amendment is None and patch not in state.by_hand:
+            return _stop(work, state, patch, "it changed since a resolution of it was recorded")
         return _amend_commit(work, state, patch, amendment)
     if _ref(work, "REBASE_HEAD") is None:
         _redo_interrupted(work, state, patch)

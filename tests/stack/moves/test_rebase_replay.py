@@ -318,6 +318,40 @@ def test_a_patch_that_changed_since_is_not_run_over(simple, tmp_path, what):
     assert rebasing.load_state(project.work).amended == []
 
 
+@pytest.mark.parametrize("what", ["amendment", "conflict and amendment", "drop"])
+def test_what_was_recorded_of_a_patch_that_changed_since_is_not_left_out(simple, tmp_path, what):
+    """Though git has no conflict in the changed patch, or knows the one again that it has."""
+    head = (5, "u\n") if what == "conflict and amendment" else (40, "u\n")
+    project = simple({FILE: text(), OTHER: text()}, {FILE: text(head), OTHER: text()})
+    name = project.add("One", {FILE: text((5, "one\n"), (25, "one\n"))})
+    stop = start(project)
+    if what == "conflict and amendment":
+        assert stop.patch == name
+        project.resolve({FILE: text((5, "u and one\n"), (25, "one\n")), OTHER: text((9, "new\n"))})
+        assert rebasing.proceed(project.work) is None
+    elif what == "amendment":
+        (project.work / OTHER).write_text(text((9, "new\n")))
+        git("commit", "-q", "-a", "--amend", "--no-edit", cwd=project.work)
+    record(project, tmp_path / "kept")
+    if what == "drop":
+        # Of another form of the patch.
+        dropped = {"amendments": {}, "dropped": {name: "0" * 64}}
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "record.json").write_text(json.dumps(dropped))
+    path = project.checkout.patches / name
+    before, _, after = path.read_bytes().rpartition(b"+one\n")
+    path.write_bytes(before + b"+ one\n" + after)
+    stop = start(project, tmp_path / "kept")
+    assert stop is not None and (stop.patch, stop.conflicts) == (name, ())
+    assert "changed since a resolution of it was recorded" in stop.reason
+    (project.work / OTHER).write_text(text((9, "for the new form\n")))
+    git("commit", "-q", "-a", "--amend", "--no-edit", cwd=project.work)
+    assert rebasing.proceed(project.work) is None
+    assert project.content(OTHER) == text((9, "for the new form\n"))
+    (status,) = statuses(project).values()
+    assert status == ("resolved by hand" if what.startswith("conflict") else "amended")
+
+
 def test_a_record_that_does_not_fit_the_release_stops_at_its_patch(simple, tmp_path):
     project = simple({FILE: text(), OTHER: text()}, {FILE: text(), OTHER: text()})
     project.add("One", {FILE: text((5, "one\n"))})
