@@ -1,4 +1,4 @@
-"""An SM120 GPU for the operations: they launch on the emulator, with tensors of the CPU."""
+"""An SM12x GPU for the operations: they launch on the emulator, with tensors of the CPU."""
 
 from __future__ import annotations
 
@@ -9,55 +9,47 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 from emulator.driver import EmulatedDriver, emulated
+from launch_keys import Cached
 
 import vllm_sm12x.ops
 from vllm_sm12x import lowering
 from vllm_sm12x.ops import launching
 
 CAPABILITY = (12, 0)
-MULTIPROCESSORS = 188  # an RTX PRO 6000's
+# Of an RTX PRO 6000 and a GB10.
+MULTIPROCESSORS = {(12, 0): 188, (12, 1): 48}
 
 
 @contextmanager
-def emulated_gpu(traffic: bool = False) -> Iterator[EmulatedDriver]:
+def emulated_gpu(
+    capability: tuple[int, int] = CAPABILITY, traffic: bool = False
+) -> Iterator[EmulatedDriver]:
     """Operations take tensors of the CPU for a GPU's.
 
     Args:
+        capability: Of the GPU, a key of :data:`MULTIPROCESSORS`.
         traffic: Whether to count what accesses to memory take, which is slow.
     """
+    stand_ins = {
+        (launching, "capability_of"): lambda name, tensor, kernel: capability,
+        (lowering, "multiprocessors"): Cached(MULTIPROCESSORS[capability]),
+        (lowering, "_current_capability"): Cached(capability),
+    }
     with ExitStack() as stack:
         lowering.clear_cache()
-        stand_ins = [
-            (launching.capability_of, lambda name, tensor, kernel: CAPABILITY),
-            (lowering.multiprocessors, _Cached(MULTIPROCESSORS)),
-            (lowering._current_capability, _Cached(CAPABILITY)),
-        ]
-        for function, stand_in in stand_ins:
-            for names in _namespaces(function):
-                stack.enter_context(patch.dict(names, {function.__name__: stand_in}))
-        yield stack.enter_context(emulated(CAPABILITY, lowering.SHARED_MEMORY_LIMIT, traffic))
+        for (module, name), stand_in in stand_ins.items():
+            for names in _namespaces(name, vars(module)[name]):
+                stack.enter_context(patch.dict(names, {name: stand_in}))
+        yield stack.enter_context(emulated(capability, lowering.SHARED_MEMORY_LIMIT, traffic))
     lowering.clear_cache()
 
 
-def _namespaces(function: Callable) -> Iterator[dict[str, object]]:
-    """Of the modules of operations, and of the lowering's, that have a function by its name."""
+def _namespaces(name: str, function: Callable) -> Iterator[dict[str, object]]:
+    """Of the modules of operations, and of the lowering's, that have a function by this name."""
     modules = [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(vllm_sm12x.ops.__path__, "vllm_sm12x.ops.")
     ]
     for module in (lowering, *modules):
-        if vars(module).get(function.__name__) is function:
+        if vars(module).get(name) is function:
             yield vars(module)
-
-
-class _Cached:
-    """A function that gives one value, with a cache to clear."""
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __call__(self) -> object:
-        return self._value
-
-    def cache_clear(self) -> None:
-        pass

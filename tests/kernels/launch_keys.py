@@ -78,7 +78,7 @@ def recorded(capability: tuple[int, int]) -> Iterator[Keys]:
     lowering.clear_cache()
     with (
         patch.object(driver, "_active", _Driver(capability)),
-        patch.object(lowering, "_current_capability", _Cached(capability)),
+        patch.object(lowering, "_current_capability", Cached(capability)),
         knobs.runtime.scope(),
         compile_only(capability),
     ):
@@ -87,7 +87,7 @@ def recorded(capability: tuple[int, int]) -> Iterator[Keys]:
     lowering.clear_cache()
 
 
-class _Cached:
+class Cached:
     """A function of no arguments that gives one value, with a cache to clear."""
 
     def __init__(self, value: object) -> None:
