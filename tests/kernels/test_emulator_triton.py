@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from emulator.driver import emulated
 from emulator.errors import KernelFault
+from emulator.machine import Program
+from emulator.parse import parse
 from triton.runtime.errors import OutOfResources
 
 SM120 = dict(capability=(12, 0), shared_limit=101_376)
@@ -79,6 +81,33 @@ def test_a_running_sum():
     with emulated(**SM120):
         running_sum_kernel[(3,)](x, out, 512)
     assert torch.equal(out, x.cumsum(1).to(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("opcode", "message"),
+    [
+        ("bar.sync", "another warp (wrote|read) since the last barrier"),
+        ("cp.async.wait_group", "a copy is under way"),
+    ],
+)
+def test_compiled_code_without_its_barriers_or_waits_is_a_fault(monkeypatch, opcode, message):
+    """They are taken out of what the compiler made: each sort is needed, and missed."""
+
+    def without(path):
+        kernel = parse(path.read_text())
+        before = sum(1 for _ in kernel.instructions)
+        kernel.segments = [
+            [each for each in segment if each.opcode != opcode] for segment in kernel.segments
+        ]
+        assert sum(1 for _ in kernel.instructions) < before
+        return Program(kernel)
+
+    monkeypatch.setattr("emulator.driver._program", without)
+    a, b = torch.randn(64, 256).to(torch.bfloat16), torch.randn(256, 128).to(torch.bfloat16)
+    # Of a limit that no other test has, so that the kernel is loaded anew.
+    limit = 100_000 + len(opcode)
+    with emulated((12, 0), limit), pytest.raises(KernelFault, match=message):
+        product_kernel[(1,)](a, b, torch.empty(64, 128), 256, 64, 128, 64)
 
 
 def test_an_address_outside_a_tensor_is_a_fault_of_this_line():
