@@ -217,14 +217,10 @@ def _compile_prefill_metadata(requests: int, window: int) -> None:
     """Upstream's kernel that has a form for every power of two of requests that are read."""
     from vllm.v1.attention.backends.mla.sparse_swa import _compute_prefill_metadata_kernel
 
-    from vllm_sm12x.ops.launching import launch
-
     lens = torch.empty(1, dtype=torch.int32, device="meta")
     block = 1
     while block < 2 * requests:
-        launch(
-            _compute_prefill_metadata_kernel,
-            (1,),
+        _compute_prefill_metadata_kernel[(1,)](
             lens,
             lens,
             lens,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from vllm_sm12x.ops.launching import launch, one_of_each, stand_in
+from vllm_sm12x.ops.launching import one_of_each, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,9 +86,7 @@ def _map_slots(
     from vllm.v1.worker import block_table
 
     for count in _counts(tokens):
-        launch(
-            block_table._compute_slot_mapping_kernel,
-            (1,),
+        block_table._compute_slot_mapping_kernel[(1,)](
             count,
             most_tokens,
             _tensor(torch.int32),
@@ -110,7 +108,7 @@ def _prepare_drafting(requests: int) -> None:
 
     int32 = _tensor(torch.int32)
     for count in _counts(requests):
-        launch(eagle_prepare_inputs_padded_kernel, (1,), int32, int32, int32, int32, int32, count)
+        eagle_prepare_inputs_padded_kernel[(1,)](int32, int32, int32, int32, int32, count)
 
 
 def _take_next_tokens(requests: int, sampled: int, vocab_size: int) -> None:
@@ -118,9 +116,7 @@ def _take_next_tokens(requests: int, sampled: int, vocab_size: int) -> None:
 
     int32 = _tensor(torch.int32)
     for count in _counts(requests):
-        launch(
-            eagle_prepare_next_token_padded_kernel,
-            (1,),
+        eagle_prepare_next_token_padded_kernel[(1,)](
             int32,
             _tensor(torch.bool),
             int32,
@@ -139,9 +135,7 @@ def _step_drafts(requests: int, block_size: int, max_model_len: int, blocks: tor
 
     int64 = _tensor(torch.int64)
     for count in _counts(requests):
-        launch(
-            utils.eagle_step_slot_mapping_metadata_kernel,
-            (1,),
+        utils.eagle_step_slot_mapping_metadata_kernel[(1,)](
             int64,
             stand_in(blocks),
             blocks.stride(0),

@@ -1,15 +1,15 @@
-"""How operations launch their kernels, and how one is compiled without being launched.
+"""How kernels are compiled without being launched, and what operations ask before they launch.
 
 Inside :func:`compile_only` an operation runs on tensors that have no memory, on the ``meta``
 device: its own code finds the launch parameters and arguments, and a kernel is compiled for them
 and not launched. What is compiled is so what the operation launches later, with equal shapes,
-strides, types and alignment. The same holds for functions of vLLM and others that launch Triton's
-kernels: they need not know of it.
+strides, types and alignment. Nobody need know of it, neither our operations nor functions of vLLM
+and others that launch Triton's kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -67,15 +67,6 @@ def compile_only(capability: tuple[int, int]) -> Iterator[Compilation]:
     finally:
         JITFunction.run = run
         _compilation.reset(token)
-
-
-def launch(kernel: JITFunction, grid: Sequence[int], *arguments: object, **options: object) -> None:
-    """``kernel[grid](*arguments, **options)``; inside :func:`compile_only`, compile it."""
-    compilation = _compilation.get()
-    if compilation is None:
-        kernel[grid](*arguments, **options)
-    else:
-        compilation.kernels.append(kernel.warmup(*arguments, grid=grid, **options))
 
 
 def capability_of(name: str, tensor: torch.Tensor, kernel: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from vllm_sm12x import lowering
 from vllm_sm12x.ops.compressor import config
 from vllm_sm12x.ops.fp8_ds_mla import layout
 from vllm_sm12x.ops.fp8_ds_mla.reference import E4M3_MAX, SMALLEST_AMAX
-from vllm_sm12x.ops.launching import capability_of, launch
+from vllm_sm12x.ops.launching import capability_of
 
 _NOPE = tl.constexpr(layout.NOPE_DIM)
 _ROPE = tl.constexpr(layout.ROPE_DIM)
@@ -197,9 +197,7 @@ def compress_to_cache(
     tokens = min(len(token_to_request), len(positions), len(state_slots), len(slots))
     if tokens == 0:
         return
-    launch(
-        compress_kernel,
-        (tokens,),
+    compress_kernel[(tokens,)](
         state_cache,
         state_cache.stride(0),
         state_cache.stride(1),

@@ -14,7 +14,7 @@ import triton.language as tl
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_einsum.config import EinsumConfig, einsum_config
 from vllm_sm12x.ops.fp8_einsum.reference import BLOCK
-from vllm_sm12x.ops.launching import capability_of, launch
+from vllm_sm12x.ops.launching import capability_of
 
 _BLOCK = tl.constexpr(BLOCK)
 
@@ -162,9 +162,7 @@ def fp8_einsum_bhr_hdr(
     b_scale = b_scale if b_scale.dim() == 3 else b_scale.unflatten(0, (groups, n // BLOCK))
     if b_scale.dtype != torch.float32:
         b_scale = b_scale.view(torch.uint8)
-    launch(
-        einsum_kernel,
-        (groups * triton.cdiv(tokens, config.block_t) * (n // config.block_n),),
+    einsum_kernel[(groups * triton.cdiv(tokens, config.block_t) * (n // config.block_n),)](
         a,
         a.stride(0),
         a.stride(1),

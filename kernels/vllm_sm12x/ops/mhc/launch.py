@@ -9,7 +9,7 @@ import torch
 import triton
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.launching import capability_of, launch
+from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.mhc.config import POST_TABLE, FinishConfig, MixConfig, PostConfig, configs
 from vllm_sm12x.ops.mhc.kernel import finish_kernel, mix_kernel, post_kernel
 
@@ -84,9 +84,7 @@ def mhc_post(
     if tokens == 0:
         return out
     config = config or POST_TABLE[target]
-    launch(
-        post_kernel,
-        (tokens, triton.cdiv(hidden, config.block_h)),
+    post_kernel[(tokens, triton.cdiv(hidden, config.block_h))](
         x.contiguous(),
         residual.contiguous(),
         post_layer_mix.contiguous(),
@@ -198,9 +196,7 @@ def hc_prenorm_gemm(
     products = out if fits else out.new_empty(n_splits, tokens, block_out)
     # The part of each program is here the caller's.
     columns = x.size(1) // n_splits
-    launch(
-        mix_kernel,
-        (triton.cdiv(tokens, config.block_t), n_splits),
+    mix_kernel[(triton.cdiv(tokens, config.block_t), n_splits)](
         None,
         x.contiguous(),
         None,
@@ -266,9 +262,7 @@ def _mix(
     if tokens == 0:
         return parts
     x, post, comb, streams = put_back or (None,) * 4
-    launch(
-        mix_kernel,
-        (triton.cdiv(tokens, config.block_t), splits),
+    mix_kernel[(triton.cdiv(tokens, config.block_t), splits)](
         x,
         residual,
         post,
@@ -329,9 +323,7 @@ def _finish(
         return results
     if norm_weight is not None:
         norm_weight = norm_weight.to(torch.bfloat16).contiguous()
-    launch(
-        finish_kernel,
-        (mix_programs + tokens,),
+    finish_kernel[(mix_programs + tokens,)](
         parts,
         scale.contiguous(),
         base.contiguous(),

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.launching import capability_of, launch
+from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.mqa_logits import config
 
 _MOST_TOKENS = tl.constexpr(config.MOST_TOKENS)
@@ -157,9 +157,7 @@ def fp8_mqa_logits(
     key_tiles = triton.cdiv(keys, row.block_n)
     tokens_per_program = config.tokens_per_program(tokens, key_tiles, lowering.multiprocessors())
     # Tiles of keys lie next to each other: blocks at work at a time read the same queries.
-    launch(
-        logits_kernel,
-        (key_tiles, triton.cdiv(tokens, tokens_per_program)),
+    logits_kernel[(key_tiles, triton.cdiv(tokens, tokens_per_program))](
         q,
         k,
         k_scale,

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.launching import capability_of, launch
+from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.mxfp4_experts import config
 from vllm_sm12x.ops.mxfp4_experts.config import Product, Row
 from vllm_sm12x.ops.mxfp4_experts.float8 import quantize_kernel
@@ -200,9 +200,7 @@ def _chunk(
     _product(x, w13, activation, row.first, of, True, router_weight, limit)
     _product(_operand(activation, float8, of), w2, result, row.second, of, False)
     total = config.SUM[target]
-    launch(
-        weighted_sum_kernel,
-        (num_tokens * triton.cdiv(hidden_size, total.block),),
+    weighted_sum_kernel[(num_tokens * triton.cdiv(hidden_size, total.block),)](
         result,
         None if on_input else topk_weights,
         of.ids,
@@ -224,9 +222,7 @@ def _chunk(
 def _sorted(of: _Pairs, align: Align) -> _Pairs:
     """The same pairs with the routing."""
     local = torch.empty(of.ids.shape, dtype=torch.int32, device=of.ids.device)
-    launch(
-        local_experts_kernel,
-        (triton.cdiv(of.count, LOCAL_BLOCK),),
+    local_experts_kernel[(triton.cdiv(of.count, LOCAL_BLOCK),)](
         of.ids,
         of.expert_map,
         local,
@@ -248,9 +244,7 @@ def _operand(x: torch.Tensor, float8: bool, of: _Pairs) -> tuple[torch.Tensor, t
     rows, columns = x.shape
     values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    launch(
-        quantize_kernel,
-        (rows,),
+    quantize_kernel[(rows,)](
         x,
         x.stride(0),
         values,
@@ -286,9 +280,7 @@ def _product(
     in_words = _in_words(scale, columns, how.block_k)
     if in_words:
         scale = scale.view(torch.int32)
-    launch(
-        product_kernel,
-        (tiles * triton.cdiv(values.size(1), how.block_n),),
+    product_kernel[(tiles * triton.cdiv(values.size(1), how.block_n),)](
         x,
         x.stride(0),
         x_scale,

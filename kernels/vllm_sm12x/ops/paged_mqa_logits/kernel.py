@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x import lowering
-from vllm_sm12x.ops.launching import capability_of, launch
+from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.paged_mqa_logits import config
 from vllm_sm12x.ops.paged_mqa_logits.layout import (
     BLOCK_SIZE,
@@ -190,9 +190,7 @@ def fp8_paged_mqa_logits(
     per_token = context_lens.dim() == 2
     # The stride of a dimension of size 1 means nothing.
     page_bytes = kv_cache.stride(0) if kv_cache.shape[0] > 1 else BLOCK_SIZE * TOKEN_BYTES
-    launch(
-        paged_logits_kernel,
-        (rows * splits,),
+    paged_logits_kernel[(rows * splits,)](
         q,
         kv_cache,
         weights,

@@ -26,7 +26,6 @@ import triton.language as tl
 from vllm_sm12x.lowering import launch_options, multiprocessors, target_key
 from vllm_sm12x.ops.fp8_ds_mla import reference as fp8_ds_mla
 from vllm_sm12x.ops.fp8_ds_mla.layout import DATA_BYTES, HEAD_DIM, NOPE_DIM, ROPE_DIM
-from vllm_sm12x.ops.launching import launch
 from vllm_sm12x.ops.sparse_mla import config_decode, decode_gluon
 from vllm_sm12x.ops.sparse_mla.reference import KeySet
 
@@ -104,9 +103,7 @@ def sparse_mla_decode(
     split_kernel, parts = _split_kernel, {}
     if row.parts:
         split_kernel, parts = decode_gluon.split_kernel, {"PARTS": row.parts}
-    launch(
-        split_kernel,
-        (triton.cdiv(heads, row.block_h), splits, tokens),
+    split_kernel[(triton.cdiv(heads, row.block_h), splits, tokens)](
         q,
         q.stride(0),
         q.stride(1),
@@ -132,9 +129,7 @@ def sparse_mla_decode(
     if splits == 1:
         return
     combine = config_decode.combine_row(splits)
-    launch(
-        _combine_kernel,
-        (heads, HEAD_DIM // combine.block_d, tokens),
+    _combine_kernel[(heads, HEAD_DIM // combine.block_d, tokens)](
         partial,
         stats,
         *sink,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_ds_mla.layout import HEAD_DIM
-from vllm_sm12x.ops.launching import capability_of, launch
+from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.sparse_mla import prefill_gluon
 from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig, prefill_config
 
@@ -188,9 +188,7 @@ def sparse_mla_prefill(
             )
         kernel = prefill_gluon.prefill_kernel
         flags = {"PARTS": config.parts, "STAGES": config.num_stages}
-    launch(
-        kernel,
-        (tokens * triton.cdiv(heads, config.block_h),),
+    kernel[(tokens * triton.cdiv(heads, config.block_h),)](
         q,
         kv,
         indices,
