@@ -256,6 +256,23 @@ def test_strided_arguments(row):
     assert torch.equal(out, expected)
 
 
+@FORMS
+def test_experts_beyond_two_to_the_31_bytes(row):
+    """Their weights and scales; what lies between is never touched, and costs no memory."""
+    arguments = draw(3, experts=3, hidden=128, intermediate=128)
+    run(arguments, row)
+    expected = arguments[7].clone()
+    for place in (1, 2, 3, 4):
+        tensor = arguments[place]
+        apart = 2**30 + 4096
+        storage = torch.empty(2 * apart + tensor[0].numel(), dtype=torch.uint8)
+        arguments[place] = storage.as_strided(tensor.shape, (apart, *tensor.stride()[1:]))
+        arguments[place].copy_(tensor)
+    arguments[7].fill_(math.nan)
+    run(arguments, row)
+    assert torch.equal(arguments[7], expected)
+
+
 def test_chunks_give_the_same(monkeypatch):
     arguments = draw(5)
     run(arguments, SORTED)
