@@ -22,12 +22,15 @@ class Copies:
         self._open: list[tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]] = []
 
     def begin(self, lanes: np.ndarray, place: np.ndarray, words: list[np.ndarray]) -> None:
+        """Lanes copy words to a place that :meth:`SharedMemory.begin_copy` gave."""
         self._open.append((lanes, self._groups[lanes], place, words))
 
     def commit(self, on: Mask) -> None:
+        """A lane's copies since it did so last become a group."""
         self._groups[self._machine.selected(on)] += 1
 
     def wait(self, on: Mask, allowed: int) -> None:
+        """A lane's groups land, but for the last ``allowed`` ones."""
         machine, still = self._machine, []
         here = np.ones(machine.lanes, bool) if on is None else on
         for lanes, groups, place, words in self._open:

@@ -174,7 +174,7 @@ def _commit(opcode, operands, kernel) -> Action:
 
 
 def _wait(opcode, operands, kernel) -> Action:
-    allowed = operands[0].value if operands else 0
+    allowed = operands[0].value
     return lambda machine, on: machine.copies.wait(on, allowed)
 
 
@@ -327,7 +327,6 @@ _ACTIONS: dict[str, Callable[..., Action]] = {
     "st.shared": _store,
     "cp.async.commit_group": _commit,
     "cp.async.wait_group": _wait,
-    "cp.async.wait_all": _wait,
     "cp.async.cg": _copy,
     "cp.async.ca": _copy,
     "ldmatrix": _load_matrix,
