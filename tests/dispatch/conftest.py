@@ -30,6 +30,9 @@ HERE = Path(__file__).resolve().parent
 if importlib.util.find_spec("vllm_sm12x") is None:
     sys.path.insert(0, str(HERE.parents[1] / "kernels"))
 
+# The emulator.
+sys.path.append(str(HERE.parent / "kernels"))
+
 # The tables below are written by hand: what each test expects must not come from dispatch.py.
 NAMES = (
     "sparse_mla_decode",
@@ -44,17 +47,23 @@ NAMES = (
     "cutedsl",
     "window_rope",
 )
+# Operations that the tests here call as the engine does, with arguments that a kernel takes.
+WITH_KERNELS = ("mqa_logits", "paged_mqa_logits", "fp8_einsum", "mhc")
 CAPABILITIES = ((9, 0), (10, 0), (12, 0), (12, 1))
 PORTABLE_BY_ITSELF = {(9, 0): False, (10, 0): False, (12, 0): True, (12, 1): True}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A GPU, what ``SM12X_PORTABLE`` holds (``None``: unset), and which path is right."""
+    """A GPU, what ``SM12X_PORTABLE`` holds (``None``: unset), and which path is right.
+
+    With ``kernels`` our operations run their kernels, on the emulator of ``tests/kernels``.
+    """
 
     capability: tuple[int, int]
     override: str | None
     portable: bool
+    kernels: bool = False
 
     def __str__(self) -> str:
         major, minor = self.capability
@@ -63,7 +72,7 @@ class Case:
             shown = "unset"
         elif len(shown) > 60:
             shown = "all_others"
-        return f"{major}.{minor}-{shown}"
+        return f"{major}.{minor}-{shown}" + ("-kernels" if self.kernels else "")
 
 
 def cases_of(operations: tuple[str, ...]) -> list[Case]:
@@ -75,17 +84,21 @@ def cases_of(operations: tuple[str, ...]) -> list[Case]:
     if "fp8_einsum" in dropped:
         dropped.add("fp8_linear")
     others = [name for name in NAMES if name not in dropped]
+    kernels = set(operations) <= set(WITH_KERNELS)
     return [
-        case
-        for capability in CAPABILITIES
-        for case in (
-            Case(capability, None, PORTABLE_BY_ITSELF[capability]),
-            Case(capability, "auto", PORTABLE_BY_ITSELF[capability]),
-            Case(capability, "none", False),
-            Case(capability, "all", True),
-            Case(capability, ",".join(alone), True),
-            Case(capability, ",".join(others), False),
-        )
+        *(Case(capability, "all", True, True) for capability in ((12, 0), (12, 1)) if kernels),
+        *(
+            case
+            for capability in CAPABILITIES
+            for case in (
+                Case(capability, None, PORTABLE_BY_ITSELF[capability]),
+                Case(capability, "auto", PORTABLE_BY_ITSELF[capability]),
+                Case(capability, "none", False),
+                Case(capability, "all", True),
+                Case(capability, ",".join(alone), True),
+                Case(capability, ",".join(others), False),
+            )
+        ),
     ]
 
 
@@ -235,10 +248,16 @@ def choose(
 
 
 @pytest.fixture
-def portable(case: Case, choose: Callable[[tuple[int, int], str | None], None]) -> bool:
+def portable(case: Case, choose: Callable[[tuple[int, int], str | None], None]) -> Iterator[bool]:
     """Set up the case; whether the operations of the test's marker take our path in it."""
     choose(case.capability, case.override)
-    return case.portable
+    if not case.kernels:
+        yield case.portable
+        return
+    from emulated_gpu import emulated_gpu
+
+    with emulated_gpu(case.capability, every_kernel=True):
+        yield case.portable
 
 
 # The child process in which Triton interprets.

@@ -29,9 +29,9 @@ def test_prefill_logits(portable, clean, monkeypatch):
     native = Mock(return_value=object())
     monkeypatch.setattr(deep_gemm, "_fp8_fp4_mqa_logits_impl", native)
     generator = torch.Generator().manual_seed(5)
-    q, k = fp8(generator, 3, 4, 128), fp8(generator, 6, 128)
+    q, k = fp8(generator, 3, 32, 128), fp8(generator, 6, 128)
     k_scale = torch.rand(6, generator=generator) + 0.5
-    weights = torch.randn(3, 4, generator=generator)
+    weights = torch.randn(3, 32, generator=generator)
     starts = torch.tensor([0, 1, 2], dtype=torch.int32)
     ends = torch.tensor([2, 1, 6], dtype=torch.int32)
     query, keys = (q, None), (k, k_scale)
@@ -66,8 +66,8 @@ def test_decode_logits(portable, monkeypatch):
     cache = torch.cat(
         [keys.view(torch.uint8).flatten(1), scales.view(torch.uint8).flatten(1)], 1
     ).view(3, 64, 1, 132)
-    q = fp8(generator, 2, 1, 4, 128)
-    weights = torch.randn(2, 4, generator=generator)
+    q = fp8(generator, 2, 1, 32, 128)
+    weights = torch.randn(2, 32, generator=generator)
     lens = torch.tensor([[5], [70]], dtype=torch.int32)
     table = torch.tensor([[1, 0], [2, 0]], dtype=torch.int32)
     schedule = torch.zeros(4, 2, dtype=torch.int32)

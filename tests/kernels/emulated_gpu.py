@@ -12,7 +12,7 @@ from emulator.driver import EmulatedDriver, emulated
 from launch_keys import Cached
 
 import vllm_sm12x.ops
-from vllm_sm12x import lowering
+from vllm_sm12x import implementation, lowering
 from vllm_sm12x.ops import launching
 
 CAPABILITY = (12, 0)
@@ -22,19 +22,26 @@ MULTIPROCESSORS = {(12, 0): 188, (12, 1): 48}
 
 @contextmanager
 def emulated_gpu(
-    capability: tuple[int, int] = CAPABILITY, traffic: bool = False
+    capability: tuple[int, int] = CAPABILITY, traffic: bool = False, every_kernel: bool = False
 ) -> Iterator[EmulatedDriver]:
     """Operations take tensors of the CPU for a GPU's.
 
     Args:
         capability: Of the GPU, a key of :data:`MULTIPROCESSORS`.
         traffic: Whether to count what accesses to memory take, which is slow.
+        every_kernel: Whether an operation runs its kernel where the caller does not say which form
+            it wants, as with ``SM12X_KERNELS=all``.
     """
     stand_ins = {
         (launching, "capability_of"): lambda name, tensor, kernel: capability,
         (lowering, "multiprocessors"): Cached(MULTIPROCESSORS[capability]),
         (lowering, "_current_capability"): Cached(capability),
     }
+    if every_kernel:
+        choose = implementation.choose
+        stand_ins[implementation, "choose"] = lambda operation, asked, on_gpu: choose(
+            operation, asked or "triton", on_gpu
+        )
     with ExitStack() as stack:
         lowering.clear_cache()
         for (module, name), stand_in in stand_ins.items():
@@ -45,11 +52,11 @@ def emulated_gpu(
 
 
 def _namespaces(name: str, function: Callable) -> Iterator[dict[str, object]]:
-    """Of the modules of operations, and of the lowering's, that have a function by this name."""
+    """Of the modules that have a function by this name, those of operations among them."""
     modules = [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(vllm_sm12x.ops.__path__, "vllm_sm12x.ops.")
     ]
-    for module in (lowering, *modules):
+    for module in (lowering, implementation, *modules):
         if vars(module).get(name) is function:
             yield vars(module)
