@@ -5,8 +5,10 @@ the capability, and many modules bind that object when they are imported, so the
 before the first of them loads. When the last test of this folder is done, vLLM's own platform is
 back in every module that had bound the fake one.
 
-What needs Triton's interpreter runs in a child process (``interpreted/``), because Triton must
-know at its import that it interprets.
+What looks at every address that a kernel forms runs in Triton's interpreter, in a child process
+(``interpreted/``), because Triton must know at its import that it interprets. What else launches
+kernels runs on the emulator of ``tests/kernels``: cases with ``kernels`` here, and in a child
+process (``emulated/``) what needs vLLM without a faked GPU.
 """
 
 from __future__ import annotations

@@ -139,6 +139,7 @@ INTEGERS = {
         32,
         lambda a, b: ((a & 0xFFFF) + (b & 0xFFFF) & 0xFFFF) | ((a >> 16) + (b >> 16) << 16),
     ),
+    "popc.b32 d, a;": ([32], 32, lambda a: a.bit_count()),
     "cvt.u16.u32 d, a;": ([32], 16, lambda a: a),
     "cvt.u32.u16 d, a;": ([16], 32, lambda a: a),
     "cvt.s64.s32 d, a;": ([32], 64, S32),
@@ -323,6 +324,16 @@ def test_conversion_to_integers():
     values = [to_bits(v) for v in cases] * 24
     found = apply("cvt.rzi.u16.f32 d, a;", [32], [values[:THREADS]], 16)
     assert found == (list(cases.values()) * 24)[:THREADS]
+
+
+def test_conversion_of_integers():
+    numbers = [0, 1, 255, 4096, 65535] * 52
+    found = apply("cvt.rn.f32.u16 d, a;", [16], [numbers[:THREADS]], 32)
+    assert [to_float(bits) for bits in found] == numbers[:THREADS]
+    # The nearest float, to even: 2**24 + 1 lies between two.
+    numbers = [-1, 2**31 - 1, -(2**31), 2**24 + 1] * 64
+    found = apply("cvt.rn.f32.s32 d, a;", [32], [[n % 2**32 for n in numbers]], 32)
+    assert [to_float(bits) for bits in found] == [-1.0, 2.0**31, -(2.0**31), 2.0**24] * 64
 
 
 def test_products_of_bfloat16():

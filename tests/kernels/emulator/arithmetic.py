@@ -195,6 +195,8 @@ def simple(opcode: str) -> tuple[tuple[type[np.generic], ...], Function] | None:
         return (dtype, dtype, wider), lambda a, b, c: wide(a, b) + c
     if name == "bfe":
         return (dtype, np.uint32), extract
+    if opcode == "popc.b32":
+        return (dtype,), lambda a: np.bitwise_count(a).astype(dtype)
     if opcode == "prmt.b32":
         return (dtype,), permute
     if name == "selp":
@@ -250,6 +252,7 @@ _CONVERSIONS = {
     "cvt.rn.satfinite.e4m3x2.f32": (np.float32, _two_e4m3),
     "cvt.rn.f16x2.e4m3x2": (np.uint16, _float16_of_e4m3),
     "cvt.rn.f32.s32": (np.int32, lambda a: a.astype(np.float32)),
+    "cvt.rn.f32.u16": (np.uint16, lambda a: a.astype(np.float32)),
     "cvt.rzi.u16.f32": (np.float32, _to_uint16),
     "cvt.rpi.ftz.f32.f32": (np.float32, lambda a: np.ceil(flushed(a))),
 }

@@ -1,0 +1,23 @@
+"""Every check here runs twice: with our operations in plain PyTorch, and as their kernels.
+
+All kernels of Triton's, vLLM's and ours, run on the emulator of ``tests/kernels``, as an SM120's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels"))
+
+
+@pytest.fixture(autouse=True, params=["reference", "kernels"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The GPU, and the form of the operations that are not asked for one."""
+    from emulated_gpu import emulated_gpu
+
+    with emulated_gpu(every_kernel=request.param == "kernels"):
+        yield
