@@ -262,6 +262,18 @@ def portable(case: Case, choose: Callable[[tuple[int, int], str | None], None]) 
         yield case.portable
 
 
+@pytest.fixture(params=["reference", "kernels"])
+def form(request: pytest.FixtureRequest, cuda: type) -> Iterator[str]:
+    """Each test with our operations in plain PyTorch, and as their kernels on the emulator."""
+    from emulated_gpu import emulated_gpu
+
+    if request.param == "reference":
+        yield request.param
+        return
+    with emulated_gpu(every_kernel=True):
+        yield request.param
+
+
 # The child process in which Triton interprets.
 
 

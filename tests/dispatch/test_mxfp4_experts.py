@@ -289,7 +289,7 @@ def definition(
 @pytest.mark.parametrize("limit", [LIMIT, None])
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_apply_equals_the_definition(cuda, limit, on_input, mapped):
+def test_apply_equals_the_definition(form, limit, on_input, mapped):
     generator = torch.Generator().manual_seed(12)
     top_k = 1 if on_input else 2
     x = torch.randn(5, HIDDEN, generator=generator).to(torch.bfloat16)
