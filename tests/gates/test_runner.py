@@ -72,7 +72,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_second_request_is_faulty(fake, run, fault):
     """Each fault beside good answers: all rows are there, and the figures are of the good ones."""
-    limits = {"first_token_s": 0.6, "stall_s": 0.6, "total_s": 2.0}
+    # Long enough for a good answer on a busy machine.
+    limits = {"first_token_s": 2.5, "stall_s": 2.5, "total_s": 8.0}
 
     def play(body, number):
         asked = [sent for sent in fake.sent if "Archive" in str(sent.body)]
@@ -82,7 +83,7 @@ def test_every_second_request_is_faulty(fake, run, fault):
     fake.play = play
     began = time.monotonic()
     folder = run(gate(timeouts=limits))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
     kept = [row["answer"]["fault"] for row in folder.of("request")]
     assert len(kept) == 6 and kept.count(fault) == 3 and kept.count("") == 3
     assert len(folder.of("cell")) == 4
