@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-
-import torch
-import triton
 
 from benchmarks.harness import Report, argument_parser
 
@@ -41,67 +39,62 @@ from vllm_sm12x.ops import mhc, mqa_logits, mxfp4_experts, sparse_mla
 from vllm_sm12x.ops.compressor import compress_to_cache
 from vllm_sm12x.ops.fp8_einsum import fp8_einsum_bhr_hdr
 
-MACHINE = f"emulated SM120, torch {torch.__version__}, triton {triton.__version__}"
 KERNELS = dict(implementation="triton")
 _MATRIX_CLOCKS = 16
 _QUARTERS = 4
 
 
 def calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Operation, shape and a call of it."""
+    """Operation, shape and a call of it, which draws its arguments itself."""
     for tokens in (1, 12):
-        yield "sparse_mla_decode", f"{tokens} tokens, 64 heads, 128 + 512 keys", _decode(tokens)
-    yield "sparse_mla_prefill", "2 tokens, 64 heads, 640 keys", _prefill()
-    given = logits_arguments(m=16, heads=64, n=256, ranges=[(0, 256)] * 16)
-    yield (
-        "mqa_logits",
-        "16 tokens, 256 keys, 64 heads",
-        lambda: mqa_logits.fp8_mqa_logits(**given, clean_logits=False, **KERNELS),
-    )
+        shape = f"{tokens} tokens, 64 heads, 128 + 512 keys"
+        yield "sparse_mla_decode", shape, partial(_decode, tokens)
+    yield "sparse_mla_prefill", "2 tokens, 64 heads, 640 keys", _prefill
+    yield "mqa_logits", "16 tokens, 256 keys, 64 heads", _logits
     for tokens in (1, 24, 128):
-        operands = einsum_arguments(tokens, 2, 1024, 512)
-        yield (
-            "fp8_einsum",
-            f"{tokens} tokens, 2 x 1024 x 512",
-            lambda operands=operands: fp8_einsum_bhr_hdr(*operands, **KERNELS),
-        )
+        yield "fp8_einsum", f"{tokens} tokens, 2 x 1024 x 512", partial(_einsum, tokens)
     for tokens in (1, 24):
-        streams = fused_arguments(tokens, 1024, seed=0)
-        yield (
-            "mhc",
-            f"{tokens} tokens, hidden 1024",
-            lambda streams=streams: mhc.mhc_fused_post_pre(**streams, **KERNELS),
-        )
+        yield "mhc", f"{tokens} tokens, hidden 1024", partial(_mhc, tokens)
     for tokens in (1, 24, 128):
-        experts = experts_arguments(tokens, experts=4, hidden=1024, intermediate=512, top_k=2)
-        yield (
-            "mxfp4_experts",
-            f"{tokens} tokens, 4 experts, 1024 x 512",
-            lambda experts=experts: mxfp4_experts.mxfp4_experts(
-                *experts, swiglu_limit=10.0, **KERNELS
-            ),
-        )
-    case = compressor_case(*C128A, 256, block_size=8)
-    yield (
-        "compressor",
-        "256 tokens, window 128",
-        lambda: compress_to_cache(**case.arguments, **KERNELS),
-    )
+        yield "mxfp4_experts", f"{tokens} tokens, 4 experts, 1024 x 512", partial(_experts, tokens)
+    yield "compressor", "256 tokens, window 128", _compressor
 
 
-def _decode(tokens: int) -> Callable[[], object]:
+def _decode(tokens: int) -> None:
     more = dict(extra_lens=[512] * tokens, extra_width=512, extra_block_size=64)
     case = Decode([128] * tokens, 128, heads=64, **more)
     first, second = ((pages.cache, indices, lens) for pages, indices, lens in case.sets)
-    return lambda: sparse_mla.sparse_mla_decode(
+    sparse_mla.sparse_mla_decode(
         case.q, *first, case.sink, SCALE, case.out, *second, lse=case.lse, **KERNELS
     )
 
 
-def _prefill() -> Callable[[], object]:
+def _prefill() -> None:
     case = Prefill([640, 640], 640, heads=64)
     arguments = (case.q, case.kv, case.indices, case.lens, case.sink, SCALE, case.out)
-    return lambda: sparse_mla.sparse_mla_prefill(*arguments, lse=case.lse, **KERNELS)
+    sparse_mla.sparse_mla_prefill(*arguments, lse=case.lse, **KERNELS)
+
+
+def _logits() -> None:
+    given = logits_arguments(m=16, heads=64, n=256, ranges=[(0, 256)] * 16)
+    mqa_logits.fp8_mqa_logits(**given, clean_logits=False, **KERNELS)
+
+
+def _einsum(tokens: int) -> None:
+    fp8_einsum_bhr_hdr(*einsum_arguments(tokens, 2, 1024, 512), **KERNELS)
+
+
+def _mhc(tokens: int) -> None:
+    mhc.mhc_fused_post_pre(**fused_arguments(tokens, 1024, seed=0), **KERNELS)
+
+
+def _experts(tokens: int) -> None:
+    given = experts_arguments(tokens, experts=4, hidden=1024, intermediate=512, top_k=2)
+    mxfp4_experts.mxfp4_experts(*given, swiglu_limit=10.0, **KERNELS)
+
+
+def _compressor() -> None:
+    compress_to_cache(**compressor_case(*C128A, 256, block_size=8).arguments, **KERNELS)
 
 
 def row(operation: str, shape: str, launched: Launched) -> dict[str, object]:
@@ -153,7 +146,7 @@ def main() -> None:
     for operation in arguments.op or ():
         if operation not in named:
             parser.error(f"--op: {operation!r}, allowed: {', '.join(dict.fromkeys(named))}")
-    report = Report(arguments, MACHINE)
+    report = Report(arguments, "emulated SM120")
     for operation, shape, call in calls():
         if arguments.op and operation not in arguments.op:
             continue

@@ -152,13 +152,13 @@ def rate(timing: Timing, *, flops: float = 0.0, nbytes: float = 0.0) -> dict[str
 class Report:
     """Prints results as rows the moment they are there, and appends them to a JSON-lines file."""
 
-    def __init__(self, arguments: argparse.Namespace, machine: str | None = None) -> None:
-        """``machine`` by default is the current GPU, with the versions of torch and triton."""
+    def __init__(self, arguments: argparse.Namespace, gpu: str | None = None) -> None:
+        """``gpu`` is named as the machine; by default the current one."""
         self._out: Path | None = arguments.out
         self._about = {
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
             "commit": arguments.commit or _commit(),
-            "machine": machine or _machine(),
+            "machine": _machine(gpu),
             "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         }
         self._widths: dict[str, int] = {}
@@ -225,9 +225,9 @@ def _commit() -> str:
         return "unknown"
 
 
-def _machine() -> str:
-    name = torch.cuda.get_device_name()
-    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+def _machine(gpu: str | None) -> str:
+    gpu = gpu or torch.cuda.get_device_name()
+    return f"{gpu}, torch {torch.__version__}, triton {triton.__version__}"
 
 
 def _module() -> str:

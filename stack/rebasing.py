@@ -358,8 +358,6 @@ def _settle(work: Path, state: State, made: Resolutions) -> Stop | None:
     if amendment and amendment.fingerprint != resolutions.fingerprint(work, state.old_of(patch)):
         amendment = None
     if at_break:
-        if amendment is None and patch not in state.by_hand:
-            return _stop(work, state, patch, "it changed since a resolution of it was recorded")
         return _amend_commit(work, state, patch, amendment)
     if _ref(work, "REBASE_HEAD") is None:
         _redo_interrupted(work, state, patch)
@@ -406,8 +404,10 @@ def _amend_files(work: Path, amendment: Amendment) -> bool:
 
 def _amend_commit(work: Path, state: State, patch: str, amendment: Amendment | None) -> Stop | None:
     """Put a recorded amendment into the commit that git has just made of its patch."""
-    if patch in state.by_hand or amendment is None:
+    if patch in state.by_hand:
         return None
+    if amendment is None:
+        return _stop(work, state, patch, "it changed since a resolution of it was recorded")
     if patch not in state.amended:
         git("reset", "-q", "--hard", cwd=work)
         if not _amend_files(work, amendment):

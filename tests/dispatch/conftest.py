@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
 import sys
 import types
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 if importlib.util.find_spec("vllm_sm12x") is None:
     sys.path.insert(0, str(HERE.parents[1] / "kernels"))
 
-# The emulator.
+# The emulator, and what runs checks in a process of their own.
 sys.path.append(str(HERE.parent / "kernels"))
 
 # The tables below are written by hand: what each test expects must not come from dispatch.py.
@@ -187,13 +184,10 @@ def _clear_caches() -> None:
 
 
 @pytest.fixture(scope="package")
-def cuda(request: pytest.FixtureRequest) -> Iterator[type]:
+def cuda() -> Iterator[type]:
     """The fake platform's class; its ``capability`` can be set."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed here")
-    # The child's imports take as long as ours: let it begin now.
-    if any("interpreted" in getattr(item, "fixturenames", ()) for item in request.session.items):
-        request.getfixturevalue("interpreter")
     patch = pytest.MonkeyPatch()
     import vllm.platforms
 
@@ -272,85 +266,3 @@ def form(request: pytest.FixtureRequest, cuda: type) -> Iterator[str]:
         return
     with emulated_gpu(every_kernel=True):
         yield request.param
-
-
-# The child process in which Triton interprets.
-
-
-@dataclass
-class Interpreted:
-    """Outcome of the checks in ``interpreted/``, by file and by the name of the check."""
-
-    failures: dict[str, dict[str, str]] = field(default_factory=dict)
-    passed: dict[str, list[str]] = field(default_factory=dict)
-    output: str = ""
-
-    def require(self, file: str, at_least: int) -> None:
-        """Fail unless every check of the file passed and there are as many as expected."""
-        failures = self.failures.get(file, {})
-        if failures:
-            pytest.fail(
-                "\n".join(f"{name}: {text}" for name, text in failures.items()), pytrace=False
-            )
-        passed = self.passed.get(file, [])
-        assert len(passed) >= at_least, f"{file}: {len(passed)} checks ran\n{self.output[-6000:]}"
-
-
-@pytest.fixture(scope="package")
-def interpreter(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]:
-    folder = tmp_path_factory.mktemp("interpreted")
-    report, log = folder / "report.xml", folder / "output.txt"
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "SM12X_PORTABLE": "all",
-        # vLLM turns Triton off where no GPU driver is active, unless no GPU is to be seen.
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                # The interpreter warns at every operation.
-                "-p",
-                "no:warnings",
-                "--override-ini=python_files=check_*.py",
-                f"--junit-xml={report}",
-                str(HERE / "interpreted"),
-            ],
-            cwd=HERE.parents[1],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    yield process, report, log
-    if process.poll() is None:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="package")
-def interpreted(interpreter: tuple[subprocess.Popen[str], Path, Path]) -> Interpreted:
-    process, report, log = interpreter
-    process.wait(timeout=600)
-    result = Interpreted(output=log.read_text())
-    if report.is_file():
-        for check in ElementTree.parse(report).iter("testcase"):
-            file = check.get("classname", "").rpartition(".")[2]
-            problems = [child for child in check if child.tag in ("failure", "error", "skipped")]
-            if problems:
-                text = problems[0].text or problems[0].get("message", "")
-                result.failures.setdefault(file, {})[check.get("name", "")] = text
-            else:
-                result.passed.setdefault(file, []).append(check.get("name", ""))
-    return result

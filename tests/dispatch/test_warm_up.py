@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from child_checks import run_checks
 
 HERE = Path(__file__).resolve().parent

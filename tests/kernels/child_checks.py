@@ -34,6 +34,7 @@ def run_checks(path: Path, at_least: int, **environment: str) -> None:
         cwd=ROOT,
         env={
             **os.environ,
+            # vLLM turns Triton off where no GPU driver is active, unless no GPU is to be seen.
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",

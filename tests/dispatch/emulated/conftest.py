@@ -5,13 +5,9 @@ All kernels of Triton's, vLLM's and ours, run on the emulator of ``tests/kernels
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels"))
 
 
 @pytest.fixture(autouse=True, params=["reference", "kernels"])
