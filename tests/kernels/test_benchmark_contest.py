@@ -32,7 +32,7 @@ def report(monkeypatch, tmp_path):
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(harness, "roofs", lambda: harness.Roofs(1000.0, 100.0))
-    monkeypatch.setattr(harness, "_machine", lambda: "a machine")
+    monkeypatch.setattr(harness, "_machine", lambda gpu: gpu or "a machine")
     monkeypatch.setattr(
         harness,
         "compare",
