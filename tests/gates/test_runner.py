@@ -208,14 +208,15 @@ def test_a_row_is_on_disk_before_the_next_begins(fake, tmp_path):
     path, seen = tmp_path / "run" / "rows.jsonl", []
 
     def play(body, number):
-        text = path.read_text() if path.exists() else ""
-        seen.append(sum(json.loads(line)["kind"] == "request" for line in text.splitlines()))
+        # The guard asks for fewer tokens, and again where a busy machine made it wait.
+        if body["max_tokens"] == 64:
+            text = path.read_text()
+            seen.append(sum(json.loads(line)["kind"] == "request" for line in text.splitlines()))
         return well(body, number)
 
     fake.play = play
     Run(fake, tmp_path / "run", [gate(repeats=2, params=one_at_a_time())])()
-    # The guard's request, then one a repeat.
-    assert seen == [0, 0, 1]
+    assert seen == [0, 1]
 
 
 def one_at_a_time():
