@@ -42,8 +42,8 @@ def add_runner(calls: Calls, worker: Worker) -> None:
         return
     requests, drafted = scheduler.max_num_seqs, drafting.num_speculative_tokens
     calls.add_always(_prepare_drafting, requests)
-    # Steps in which no request had drafts sample one token each.
-    for sampled in (1, 1 + drafted):
+    # Of the batch's longest drafts, and one: near the longest context fewer tokens are drafted.
+    for sampled in range(1, 2 + drafted):
         calls.add_always(_take_next_tokens, requests, sampled, runner.input_batch.vocab_size)
     if drafted > 1:
         drafter = runner.drafter

@@ -85,7 +85,7 @@ def every_step(worker: SimpleNamespace) -> None:
     for requests in range(1, MOST_REQUESTS + 1):
         for tokens in {requests, requests * (1 + DRAFTED), 97 * requests, MOST_TOKENS - requests}:
             map_slots(worker, requests, tokens)
-        for sampled in (1, 1 + DRAFTED):
+        for sampled in range(1, 2 + DRAFTED):
             draft(worker, requests, sampled)
         for drafted in range(1, 1 + DRAFTED):
             for greedy in (False, True):
