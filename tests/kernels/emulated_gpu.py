@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from emulator.driver import EmulatedDriver, emulated
+from emulator.driver import EmulatedDriver, Span, emulated
 from launch_keys import Cached
 
 import vllm_sm12x.ops
@@ -22,7 +22,10 @@ MULTIPROCESSORS = {(12, 0): 188, (12, 1): 48}
 
 @contextmanager
 def emulated_gpu(
-    capability: tuple[int, int] = CAPABILITY, traffic: bool = False, every_kernel: bool = False
+    capability: tuple[int, int] = CAPABILITY,
+    traffic: bool = False,
+    every_kernel: bool = False,
+    span: Span | None = None,
 ) -> Iterator[EmulatedDriver]:
     """Operations take tensors of the CPU for a GPU's.
 
@@ -31,6 +34,7 @@ def emulated_gpu(
         traffic: Whether to count what accesses to memory take, which is slow.
         every_kernel: Whether an operation runs its kernel where the caller does not say which form
             it wants, as with ``SM12X_KERNELS=all``.
+        span: What of a tensor's memory a kernel may touch, as in :func:`emulator.driver.emulated`.
     """
     stand_ins = {
         (launching, "capability_of"): lambda name, tensor, kernel: capability,
@@ -47,7 +51,7 @@ def emulated_gpu(
         for (module, name), stand_in in stand_ins.items():
             for names in _namespaces(name, vars(module)[name]):
                 stack.enter_context(patch.dict(names, {name: stand_in}))
-        yield stack.enter_context(emulated(capability, lowering.SHARED_MEMORY_LIMIT, traffic))
+        yield stack.enter_context(emulated(capability, lowering.SHARED_MEMORY_LIMIT, traffic, span))
     lowering.clear_cache()
 
 

@@ -336,6 +336,57 @@ def test_conversion_of_integers():
     assert [to_float(bits) for bits in found] == [-1.0, 2.0**31, -(2.0**31), 2.0**24] * 64
 
 
+def test_conversion_of_unsigned_integers():
+    numbers = [0, 2**31, 2**32 - 1, 2**24 + 1] * 64
+    found = apply("cvt.rn.f32.u32 d, a;", [32], [numbers], 32)
+    assert [to_float(bits) for bits in found] == [0.0, 2.0**31, 2.0**32, 2.0**24] * 64
+
+
+def double(value: float) -> int:
+    """Bits of a float64."""
+    return struct.unpack("<Q", struct.pack("<d", value))[0]
+
+
+def test_doubles():
+    rng = random.Random(11)
+    a, b = ([rng.uniform(-8, 8) for _ in range(THREADS)] for _ in range(2))
+    bits = [[double(v) for v in values] for values in (a, b)]
+    expected = {
+        "add.rn.f64": [x + y for x, y in zip(a, b, strict=True)],
+        "sub.rn.f64": [x - y for x, y in zip(a, b, strict=True)],
+        "mul.rn.f64": [x * y for x, y in zip(a, b, strict=True)],
+        "div.rn.f64": [x / y for x, y in zip(a, b, strict=True)],
+        "max.f64": [max(x, y) for x, y in zip(a, b, strict=True)],
+        "min.f64": [min(x, y) for x, y in zip(a, b, strict=True)],
+    }
+    for name, wanted in expected.items():
+        found = apply(f"{name} d, a, b;", [64, 64], bits, 64)
+        assert found == [double(v) for v in wanted], name
+    assert apply("neg.f64 d, a;", [64], bits[:1], 64) == [double(-v) for v in a]
+    assert apply("abs.f64 d, a;", [64], bits[:1], 64) == [double(abs(v)) for v in a]
+    narrow = [to_bits(v) for v in a]
+    found = apply("cvt.f64.f32 d, a;", [32], [narrow], 64)
+    assert found == [double(to_float(v)) for v in narrow]
+    assert apply("cvt.rn.f32.f64 d, a;", [64], bits[:1], 32) == narrow
+
+
+def test_one_bfloat16():
+    rng = random.Random(12)
+    a, b = ([rng.uniform(-4, 4) for _ in range(THREADS)] for _ in range(2))
+    a, b = ([bfloat16(v) for v in values] for values in (a, b))
+
+    def of(bits: int) -> float:
+        return to_float(bits << 16)
+
+    assert apply("abs.bf16 d, a;", [16], [a], 16) == [v & 0x7FFF for v in a]
+    rows = list(zip(a, b, strict=True))
+    assert apply("max.bf16 d, a, b;", [16, 16], [a, b], 16) == [max(r, key=of) for r in rows]
+    assert apply("min.bf16 d, a, b;", [16, 16], [a, b], 16) == [min(r, key=of) for r in rows]
+    # The number beside a NaN.
+    nan = [0x7FC0] * THREADS
+    assert apply("max.bf16 d, a, b;", [16, 16], [nan, b], 16) == b
+
+
 def test_products_of_bfloat16():
     rng = random.Random(7)
     a, b = ([bfloat16(rng.uniform(-4, 4)) for _ in range(2 * THREADS)] for _ in range(2))
@@ -385,6 +436,9 @@ def test_comparisons_and_choices():
         "lt.f32": [1, 0, 0, 0], "gt.f32": [0, 1, 0, 0], "eq.f32": [0, 0, 0, 1],
         "ne.f32": [1, 1, 0, 0], "neu.f32": [1, 1, 1, 0], "ge.f32": [0, 1, 0, 1],
         "lt.u32": [1, 0, 0, 0], "ne.b32": [1, 1, 1, 0],
+        # Those with a `u` are true where a NaN is.
+        "ltu.f32": [1, 0, 1, 0], "leu.f32": [1, 0, 1, 1], "gtu.f32": [0, 1, 1, 0],
+        "geu.f32": [0, 1, 1, 1], "num.f32": [1, 1, 0, 1], "nan.f32": [0, 0, 1, 0],
     }  # fmt: skip
     for name, wanted in expected.items():
         text = f"setp.{name} %p1, a, b; selp.b32 d, 1, 0, %p1;"

@@ -230,6 +230,23 @@ def test_threads_part_and_meet():
     assert shared(text, KEEP).tolist() == [3 * t for t in range(64)]
 
 
+def test_a_parameter_read_by_some_threads_is_the_others_no_more():
+    """The blocks of a grid run side by side, and part where the code asks which they are."""
+    first, second = (torch.full((2,), -1, dtype=torch.int32) for _ in range(2))
+    text = """
+    mov.u32 %r1, %ctaid.x;
+    ld.param.b64 %rd1, [tested_param_0];
+    setp.eq.s32 %p1, %r1, 0;
+    @%p1 bra $SAME;
+    ld.param.b64 %rd1, [tested_param_1];
+    $SAME:
+    mad.wide.s32 %rd2, %r1, 4, %rd1;
+    st.global.b32 [ %rd2 + 0 ], { %r1 };
+    """
+    execute(text, first, second, grid=(2, 1, 1))
+    assert (first.tolist(), second.tolist()) == ([0, -1], [-1, 1])
+
+
 def test_blocks_know_which_they_are():
     out = torch.full((2 * 3 * 4,), -1, dtype=torch.int32)
     text = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from emulator.driver import emulated
+from emulator.driver import allocation_of, emulated
 from emulator.errors import KernelFault
 from emulator.machine import Program
 from emulator.parse import parse
@@ -120,6 +120,18 @@ def test_an_address_outside_a_tensor_is_a_fault_of_this_line():
         ):
             # Of 128 threads with two numbers each, the last two reach past the end.
             shift_kernel[(1,)](x, out, 4, 256)
+
+
+def test_padding_behind_a_tensor_is_reached_where_that_is_allowed():
+    """Nothing beyond the memory that the tensor is a part of is."""
+    x, memory = torch.randn(256), torch.empty(260)
+    with emulated(**SM120, span=allocation_of):
+        shift_kernel[(1,)](x, memory[4:], 0, 256)
+        assert torch.equal(memory[4:], x)
+        shift_kernel[(1,)](memory[:256], x, 4, 256)
+        assert torch.equal(memory[4:], x)
+        with pytest.raises(KernelFault, match="2 of 128 addresses"):
+            shift_kernel[(1,)](memory[:256], x, 8, 256)
 
 
 def test_shared_memory_has_an_end():

@@ -156,6 +156,21 @@ _PAIRS = {
     "abs.bf16x2": lambda a: a & np.uint16(0x7FFF),
 }
 
+
+def _as_float32(function: Function) -> Function:
+    """Of bfloat16 numbers, as bits in uint16."""
+    return lambda *values: types.float32_to_bfloat16(
+        function(*map(types.bfloat16_to_float32, values))
+    )
+
+
+# Of numbers in registers of 16 bits.
+_BFLOAT16 = {
+    "abs.bf16": lambda a: a & np.uint16(0x7FFF),
+    "max.bf16": _as_float32(np.fmax),
+    "min.bf16": _as_float32(np.fmin),
+}
+
 _COMPARE = {
     "eq": np.equal,
     "ne": lambda a, b: (a != b) & (a == a) & (b == b),
@@ -164,6 +179,24 @@ _COMPARE = {
     "gt": np.greater,
     "ge": np.greater_equal,
     "neu": np.not_equal,
+    # Also true where one is no number.
+    "ltu": lambda a, b: ~(a >= b),
+    "leu": lambda a, b: ~(a > b),
+    "gtu": lambda a, b: ~(a <= b),
+    "geu": lambda a, b: ~(a < b),
+    "num": lambda a, b: (a == a) & (b == b),
+    "nan": lambda a, b: (a != a) | (b != b),
+}
+
+_DOUBLE = {
+    "add.rn": np.add,
+    "sub.rn": np.subtract,
+    "mul.rn": np.multiply,
+    "div.rn": np.divide,
+    "max": np.fmax,
+    "min": np.fmin,
+    "abs": np.abs,
+    "neg": np.negative,
 }
 
 
@@ -176,6 +209,8 @@ def simple(opcode: str) -> tuple[tuple[type[np.generic], ...], Function] | None:
     if kind in types.PAIRS and opcode in _PAIRS:
         whole, each = types.PAIRS[kind]
         return (whole,), _in_pairs(_PAIRS[opcode], whole, each)
+    if opcode in _BFLOAT16:
+        return (np.uint16,), _BFLOAT16[opcode]
     if kind not in types.DTYPES:
         return None
     dtype = types.DTYPES[kind]
@@ -184,6 +219,8 @@ def simple(opcode: str) -> tuple[tuple[type[np.generic], ...], Function] | None:
         function = _FLOAT.get(name.removesuffix(".ftz"))
         if function is not None:
             return (dtype,), _flushing(function) if flush else function
+    if kind == "f64" and name in _DOUBLE:
+        return (dtype,), _DOUBLE[name]
     if kind[0] in "us" and name in _INTEGER:
         return (dtype,), _INTEGER[name]
     if name in _BITS:
@@ -251,7 +288,10 @@ _CONVERSIONS = {
     "cvt.rn.bf16x2.f32": (np.float32, _two_bfloat16),
     "cvt.rn.satfinite.e4m3x2.f32": (np.float32, _two_e4m3),
     "cvt.rn.f16x2.e4m3x2": (np.uint16, _float16_of_e4m3),
+    "cvt.f64.f32": (np.float32, lambda a: a.astype(np.float64)),
+    "cvt.rn.f32.f64": (np.float64, lambda a: a.astype(np.float32)),
     "cvt.rn.f32.s32": (np.int32, lambda a: a.astype(np.float32)),
+    "cvt.rn.f32.u32": (np.uint32, lambda a: a.astype(np.float32)),
     "cvt.rn.f32.u16": (np.uint16, lambda a: a.astype(np.float32)),
     "cvt.rzi.u16.f32": (np.float32, _to_uint16),
     "cvt.rpi.ftz.f32.f32": (np.float32, lambda a: np.ceil(flushed(a))),

@@ -7,7 +7,7 @@ of it runs, with the tensors' own memory as global memory.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,8 @@ from emulator.machine import Counts, Launch, Program, run
 from emulator.matrix import WARP
 from emulator.memory import GlobalMemory
 from emulator.parse import parse
+
+Span = Callable[[torch.Tensor], tuple[int, int]]
 
 # Triton keeps kernels by device, so that each sort of GPU has a number of its own, which no GPU at
 # hand has.
@@ -52,12 +54,14 @@ class EmulatedDriver(DriverBase):
         capability: Of the GPU.
         shared_limit: Bytes of shared memory that a block may have.
         traffic: Whether to count what accesses to memory take.
+        span: First byte, and the one past the last, that a kernel may touch where it gets a tensor.
         launched: What was run, in order.
     """
 
     capability: tuple[int, int]
     shared_limit: int
     traffic: bool = False
+    span: Span | None = None
     launched: list[Launched] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,20 +100,21 @@ class EmulatedDriver(DriverBase):
         """What Triton calls to launch a kernel; Triton keeps it, so that it asks who is active."""
         kinds = list(src.signature.values())
 
-        def launch(x, y, z, stream, program, packed, described, entered, left, *arguments):
-            runtime.active.launch((x, y, z), program, metadata.shared, kinds, arguments)
+        def launch(x, y, z, stream, ptx, packed, described, entered, left, *arguments):
+            runtime.active.launch((x, y, z), ptx, metadata.shared, kinds, arguments)
 
         return launch
 
-    def launch(self, grid, program: Program, shared_bytes: int, kinds, arguments) -> None:
+    def launch(self, grid, ptx: Path, shared_bytes: int, kinds, arguments) -> None:
         """Run a kernel on the arguments of a launch, constexprs among them."""
         given = [value for kind, value in _flat(kinds, arguments) if kind != "constexpr"]
         tensors = [value for value in given if isinstance(value, torch.Tensor)]
         values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in given]
+        program = _program(ptx)
         counts = run(
             program,
             Launch(grid, (*values, *_SCRATCH), shared_bytes),
-            GlobalMemory(map(span_of, tensors)),
+            GlobalMemory(map(self.span or span_of, tensors)),
             self.traffic,
         )
         self.launched.append(
@@ -122,7 +127,7 @@ class EmulatedDriver(DriverBase):
 
     def _load_binary(self, name, binary, shared_bytes, device):
         # Module, kernel, registers, spills, and the most threads that a block may have.
-        return None, _program(self._loading), 0, 0, 1024
+        return None, self._loading, 0, 0, 1024
 
 
 @functools.cache
@@ -140,6 +145,13 @@ def span_of(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
+def allocation_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """As :func:`span_of`, for the memory that the tensor is a part of: kernels of vLLM's also write
+    the padding that they allocated behind a tensor."""
+    memory = tensor.untyped_storage()
+    return memory.data_ptr(), memory.data_ptr() + memory.nbytes()
+
+
 def _flat(kinds, values) -> Iterator[tuple[str, object]]:
     """Types and values of arguments, those of a tuple one by one."""
     for kind, value in zip(kinds, values, strict=True):
@@ -151,15 +163,19 @@ def _flat(kinds, values) -> Iterator[tuple[str, object]]:
 
 @contextmanager
 def emulated(
-    capability: tuple[int, int], shared_limit: int, traffic: bool = False
+    capability: tuple[int, int],
+    shared_limit: int,
+    traffic: bool = False,
+    span: Span | None = None,
 ) -> Iterator[EmulatedDriver]:
     """Triton launches on the emulator, as a GPU of this capability.
 
     Args:
         shared_limit: Bytes of shared memory that a block may have.
         traffic: Whether to count what accesses to memory take, which is slow.
+        span: What of a tensor's memory a kernel may touch; by default :func:`span_of`.
     """
-    driver = EmulatedDriver(capability, shared_limit, traffic)
+    driver = EmulatedDriver(capability, shared_limit, traffic, span)
     with ExitStack() as stack:
         stack.enter_context(patch.object(runtime, "_active", driver))
         stack.enter_context(knobs.runtime.scope())

@@ -83,7 +83,7 @@ def _load_parameter(opcode, operands, kernel) -> Action:
 
     def act(machine: Machine, on: Mask) -> None:
         value = np.array([machine.parameters[number]], types.DTYPES[declared])
-        machine.write(target, value.view(dtype), None)
+        machine.write(target, value.view(dtype), on)
 
     return act
 

@@ -21,6 +21,7 @@ DTYPES = {
     "b64": np.uint64,
     "u64": np.uint64,
     "s64": np.int64,
+    "f64": np.float64,
 }
 
 # Two of these stand in one register: the type of the register, and that of each.
