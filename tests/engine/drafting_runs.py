@@ -210,19 +210,34 @@ def metrics(llm: Any) -> dict[str, int]:
 
 
 def run(name: str, folder: Path, memory: float, blocks: int | None) -> dict[str, Any]:
-    """Start the engine of a run, answer the requests, and say what happened.
-
-    ``mtp0`` also answers them in other batches: how far that moves an answer is the noise.
-    """
+    """Start the engine of a run, answer the requests, and say what happened."""
     what = Run.of(name)
     write_config(folder)
     from vllm import LLM
 
     import made_weights  # noqa: F401  registers the loader
 
-    llm = LLM(**what.options(folder, memory, blocks))
+    return answers_of(name, LLM(**what.options(folder, memory, blocks)))
+
+
+def answers_of(
+    name: str,
+    llm: Any,
+    requests: Sequence[tuple[int, int]] = REQUESTS,
+    growing: Sequence[tuple[int, int]] = GROWING,
+) -> dict[str, Any]:
+    """What an engine answers, and what happened meanwhile.
+
+    ``mtp0`` also answers in other batches: how far that moves an answer is the noise.
+
+    Args:
+        name: The run's.
+        requests: Lengths of prompts and answers.
+        growing: Likewise, of what is asked at once.
+    """
+    what = Run.of(name)
     vocab_size = llm.llm_engine.model_config.get_vocab_size()
-    mixed, growing = (draw_requests(lengths, vocab_size) for lengths in (REQUESTS, GROWING))
+    mixed, growing = (draw_requests(lengths, vocab_size) for lengths in (requests, growing))
     watched = watch(llm)
     answers = {"growing": ask(llm, growing)}
     blocks_used = watched.blocks_used

@@ -35,10 +35,13 @@ def _exponent(rms: float, fan_in: int) -> int:
 
 
 @torch.no_grad()
-def make_parameter(name: str, parameter: torch.Tensor, lively_tokens: int | None = None) -> None:
+def make_parameter(
+    name: str, parameter: torch.Tensor, lively_tokens: int | None = None, experts: int = 256
+) -> None:
     """Fill one parameter in place.
 
     Args:
+        experts: That are routed to.
         lively_tokens: Only so many tokens, from 2 on, can be answered, so that a random draft is
             right now and then: the head has zeros for the others, and each row once more with the
             other sign, so that some logit is positive. Even; None: all tokens.
@@ -55,7 +58,7 @@ def make_parameter(name: str, parameter: torch.Tensor, lively_tokens: int | None
     leaf = name.rsplit(".", 1)[-1]
     fan_in = parameter.shape[-1]
     if leaf == "tid2eid":
-        parameter.copy_(distinct_experts(*parameter.shape, 256, generator, parameter.device))
+        parameter.copy_(distinct_experts(*parameter.shape, experts, generator, parameter.device))
     elif parameter.dtype == torch.float8_e4m3fn:
         drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device)
         parameter.copy_((drawn * _FP8_RMS).clamp(-448, 448).to(parameter.dtype))
@@ -114,5 +117,6 @@ class MadeWeightsLoader(BaseModelLoader):
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         lively = (self.load_config.model_loader_extra_config or {}).get("lively_tokens")
+        experts = model_config.hf_config.n_routed_experts
         for name, parameter in model.named_parameters():
-            make_parameter(name, parameter.data, lively)
+            make_parameter(name, parameter.data, lively, experts)

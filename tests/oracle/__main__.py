@@ -17,7 +17,7 @@ from tests.oracle.agreement import (
     table,
 )
 from tests.oracle.scores import Scores
-from tests.oracle.sequences import PROMPT_LENGTHS, draw_sequences
+from tests.oracle.sequences import FED_TOKENS, PROMPT_LENGTHS, draw_sequences
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         default=PROMPT_LENGTHS,
         metavar="N,N,…",
         help="lengths of the prompts (default: %(default)s)",
+    )
+    score.add_argument(
+        "--fed",
+        type=int,
+        default=FED_TOKENS,
+        help="tokens fed one at a time after each prompt (default: %(default)s)",
     )
     score.add_argument("--device", default="cpu", help="where layers run (default: cpu)")
     score.set_defaults(run=_score)
@@ -68,7 +74,7 @@ def _score(args: argparse.Namespace) -> int:
     from tests.oracle.run import score
 
     config = json.loads((args.folder / "config.json").read_text(encoding="utf-8"))
-    sequences = draw_sequences(config["vocab_size"], args.prompts)
+    sequences = draw_sequences(config["vocab_size"], args.prompts, args.fed)
     scores = score(
         args.folder, sequences, rounded=args.rounded, fault=args.fault, device=args.device
     )

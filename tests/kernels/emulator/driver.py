@@ -56,6 +56,7 @@ class EmulatedDriver(DriverBase):
         traffic: Whether to count what accesses to memory take.
         span: First byte, and the one past the last, that a kernel may touch where it gets a tensor.
         launched: What was run, in order.
+        perform: What a launch, as a function, is given to. It may call it again later.
     """
 
     capability: tuple[int, int]
@@ -63,6 +64,7 @@ class EmulatedDriver(DriverBase):
     traffic: bool = False
     span: Span | None = None
     launched: list[Launched] = field(default_factory=list)
+    perform: Callable[[Callable[[], None]], None] = lambda launch: launch()
 
     def __post_init__(self) -> None:
         self._loading: Path | None = None
@@ -111,15 +113,19 @@ class EmulatedDriver(DriverBase):
         tensors = [value for value in given if isinstance(value, torch.Tensor)]
         values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in given]
         program = _program(ptx)
-        counts = run(
-            program,
-            Launch(grid, (*values, *_SCRATCH), shared_bytes),
-            GlobalMemory(map(self.span or span_of, tensors)),
-            self.traffic,
-        )
-        self.launched.append(
-            Launched(program.kernel.name, grid, program.kernel.threads // WARP, counts)
-        )
+
+        def once() -> None:
+            counts = run(
+                program,
+                Launch(grid, (*values, *_SCRATCH), shared_bytes),
+                GlobalMemory(map(self.span or span_of, tensors)),
+                self.traffic,
+            )
+            self.launched.append(
+                Launched(program.kernel.name, grid, program.kernel.threads // WARP, counts)
+            )
+
+        self.perform(once)
 
     def begin_load(self, module, function, name, files, digest) -> None:
         """Triton's hook before it loads a kernel, which gives the files where the load does not."""

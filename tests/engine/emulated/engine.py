@@ -1,0 +1,69 @@
+"""Starts vLLM on the emulated GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from environment import ENGINE
+from tests.engine.emulated import gpu, graphs
+
+if TYPE_CHECKING:
+    from emulator.driver import EmulatedDriver
+    from vllm import LLM
+
+# Of the engine's options, those that no run changes.
+OPTIONS: dict[str, Any] = {
+    "worker_cls": "tests.engine.emulated.worker.EmulatedWorker",
+    "kv_cache_dtype": "fp8",
+    "block_size": 256,
+    "kv_cache_memory_bytes": 64 << 20,
+    "seed": 0,
+}
+
+
+def prepare() -> None:
+    """Put the emulated GPU in place, where it is not, and import vLLM.
+
+    Raises:
+        RuntimeError: This process has imported vLLM already, with another GPU or none.
+    """
+    if gpu.installed():
+        return
+    os.environ.update(ENGINE)
+    # One process: what is put in place must be where the model runs.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    gpu.install()
+    import vllm.v1.engine.llm_engine  # noqa: F401
+
+    import made_weights  # noqa: F401  registers its loader
+
+
+@contextmanager
+def emulated_engine(kernels: str = "none", **options: Any) -> Iterator[tuple[LLM, EmulatedDriver]]:
+    """An engine with the portable path, as vLLM chooses it on this GPU, and what was launched.
+
+    One in a process.
+
+    Args:
+        kernels: As ``SM12X_KERNELS``: ``all`` runs our kernels, which takes minutes for a few
+            hundred tokens; ``none`` the same operations in PyTorch.
+        options: Of ``vllm.LLM``, besides :data:`OPTIONS`.
+
+    Raises:
+        ValueError: ``kernels`` is something else.
+        RuntimeError: As of :func:`prepare`.
+    """
+    if kernels not in ("all", "none"):
+        raise ValueError(f"kernels: {kernels!r}, allowed: all, none")
+    os.environ["SM12X_KERNELS"] = kernels
+    prepare()
+    from emulated_gpu import emulated_gpu
+    from emulator.driver import allocation_of
+    from vllm import LLM
+
+    with emulated_gpu(gpu.CAPABILITY, every_kernel=kernels == "all", span=allocation_of) as driver:
+        driver.perform = graphs.record
+        yield LLM(**OPTIONS | options), driver

@@ -1,0 +1,127 @@
+"""vLLM's whole engine on the emulated GPU: against the oracle, and with drafting against without.
+
+Each engine is a process of its own; those that do not need one another run beside each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from drafting_judge import BASE, judge
+
+ROOT = Path(__file__).resolve().parents[2]
+# Lengths of prompts and tokens that are fed: beyond the window of 128, two entries of C128A, twice
+# the tiny indexer's 32 entries.
+PROMPTS, FED = "1,3,126,270", 24
+# All but `eager` decode on graphs of whole steps.
+DRAFTING = ("mtp1", "mtp2-cache", "mtp2-eager", "mtp3-chunks", "mtp2-preempted")
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=ROOT,
+        env=os.environ
+        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+
+
+def succeed(*words: object) -> str:
+    done = command(*words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def engine(*words: object) -> str:
+    return succeed("tests.engine.emulated", *words)
+
+
+def oracle(*words: object) -> str:
+    return succeed("tests.oracle", "score", *words)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny checkpoint: exact, rounded as the engine's formats, faulty, and the engine's."""
+    folder = tmp_path_factory.mktemp("runs")
+    checkpoint = folder / "tiny"
+    succeed("tests.checkpoint", "--size", "tiny", checkpoint)
+    prompts = ["--prompts", PROMPTS]
+    with ThreadPoolExecutor(2) as pool:
+        ours = pool.submit(engine, "score", checkpoint, "--out", folder / "engine.npz", *prompts)
+        oracle(checkpoint, "--out", folder / "exact.npz", *prompts)
+        oracle(checkpoint, "--out", folder / "rounded.npz", *prompts, "--rounded")
+        oracle(checkpoint, "--out", folder / "faulty.npz", *prompts, "--fault", "no_sinks")
+        ours.result()
+    return folder
+
+
+def compare(folder: Path, *faults: Path) -> subprocess.CompletedProcess[str]:
+    return command(
+        "tests.oracle",
+        "compare",
+        folder / "exact.npz",
+        folder / "engine.npz",
+        "--noise",
+        folder / "rounded.npz",
+        *(["--faults", *faults] if faults else []),
+    )
+
+
+def test_it_is_as_near_to_the_oracle_as_the_formats_allow(runs):
+    done = compare(runs, runs / "faulty.npz")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^share of no_sinks: .*, absent$", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.slow
+def test_our_kernels_are_as_near_to_the_oracle(tmp_path):
+    checkpoint, prompts = tmp_path / "small", ["--prompts", "3,134", "--fed", 3]
+    succeed("tests.checkpoint", "--size", "small", checkpoint)
+    oracle(checkpoint, "--out", tmp_path / "exact.npz", *prompts)
+    oracle(checkpoint, "--out", tmp_path / "rounded.npz", *prompts, "--rounded")
+    out = engine(
+        "score", checkpoint, "--out", tmp_path / "engine.npz", *prompts, "--kernels", "all"
+    )
+    launched = {line.split()[1] for line in out.splitlines() if line.split()[0].isdigit()}
+    assert launched >= {
+        *("split_kernel", "prefill_kernel", "logits_kernel", "paged_logits_kernel"),
+        *("einsum_kernel", "mix_kernel", "finish_kernel", "post_kernel"),
+        *("product_kernel", "weighted_sum_kernel", "compress_kernel"),
+    }
+    done = compare(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("answers")
+    names = (BASE, *DRAFTING)
+    engine("answer", *names, "--out", folder, "--jobs", 2)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+
+
+def test_drafting_changes_no_answer(answers):
+    """Nor does anything compile after the start; prompts hit the cache, requests are preempted."""
+    _, rows, checks = judge(answers)
+    assert {row["run"] for row in rows} == {BASE, *DRAFTING}
+    assert [vars(check) for check in checks if not check.holds] == []
+
+
+def test_graphs_change_no_number(answers):
+    """Three requests in a graph for four, fewer as they end; the same log-probabilities."""
+    graphs, eager = answers["mtp2-cache"]["answers"], answers["mtp2-eager"]["answers"]
+    assert eager["growing"] == graphs["growing"]
+    assert eager["mixed"] == graphs["mixed"]
