@@ -81,6 +81,12 @@ def _one_scale(layer: DeepseekV4DecoderLayer) -> None:
     layer.self_attn.o_b_proj.weight.data[:128, :128] *= 2
 
 
+def _no_router_bias(layer: DeepseekV4DecoderLayer) -> None:
+    for module in layer.mlp.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias.zero_()
+
+
 FAULTS = {
     "window_yarn": Fault(
         "YaRN on window-only layers too, as vLLM 0.22.1 without window_rope", _window_yarn
@@ -94,5 +100,9 @@ FAULTS = {
     "no_position_bias": Fault("compressors without position bias", change=_no_position_bias),
     "no_sinks": Fault("softmax without the sinks", change=_no_sinks),
     "sinkhorn_3": Fault("3 Sinkhorn rounds", lambda c: {"hc_sinkhorn_iters": 3}),
+    "no_router_bias": Fault("experts chosen by their scores alone", change=_no_router_bias),
+    "no_routed_scale": Fault(
+        "the experts' sum without its factor", lambda c: {"routed_scaling_factor": 1.0}
+    ),
     "one_scale": Fault("one FP8 scale of wo_b twice too large", change=_one_scale),
 }

@@ -5,8 +5,9 @@ float32. So a run with these roundings differs from an exact one as a right engi
 draw of the same noise.
 
 * bfloat16: residual streams, what each module reads and gives, queries, keys' rotated part, logits.
-* FP8 (e4m3): the input of every FP8 linear, in groups of 128 with a power of two as scale; the 448
-  values of a cached key without position, in groups of 64; the indexer's queries and keys, a row.
+* FP8 (e4m3): the input of every FP8 linear, in groups of 128; the 448 values of a cached key
+  without position, in groups of 64; the indexer's queries and keys, a row. Scales are powers of
+  two, but for the linears of CUTLASS, which are all but the first of the output projection's two.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ def bf16(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.bfloat16).float()
 
 
-def fp8(values: torch.Tensor, group: int) -> torch.Tensor:
-    """Round to e4m3 in groups along the last dimension, each with the least fitting power of two.
+def fp8(values: torch.Tensor, group: int, power_of_two: bool = True) -> torch.Tensor:
+    """Round to e4m3 in groups along the last dimension, each with the least scale that fits.
+
+    Args:
+        power_of_two: Whether a scale is the next power of two.
 
     Raises:
         ValueError: The last dimension is no multiple of ``group``.
@@ -38,7 +42,9 @@ def fp8(values: torch.Tensor, group: int) -> torch.Tensor:
         raise ValueError(f"values: shape {tuple(values.shape)}, allowed: multiples of {group} last")
     groups = values.unflatten(-1, (-1, group))
     largest = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10)
-    scale = torch.exp2(torch.ceil(torch.log2(largest / E4M3_MAX)))
+    scale = largest / E4M3_MAX
+    if power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
     return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
 
 
@@ -122,12 +128,12 @@ def _rounding(layer: theirs.DeepseekV4DecoderLayer) -> Iterator[None]:
         handles.append(module.register_forward_hook(lambda m, i, given: bf16(given)))
 
     def activation(x: torch.Tensor) -> torch.Tensor:
-        return fp8(bf16(x), 128)
+        return fp8(bf16(x), 128, power_of_two=False)
 
     attention, mlp = layer.self_attn, layer.mlp
     eight_bit = [
         *(attention.q_a_proj, attention.q_b_proj, attention.kv_proj),
-        *(attention.o_a_proj, attention.o_b_proj),
+        attention.o_b_proj,
         *(mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj, mlp.shared_experts.down_proj),
     ]
     indexer = getattr(attention.compressor, "indexer", None)
@@ -138,6 +144,9 @@ def _rounding(layer: theirs.DeepseekV4DecoderLayer) -> Iterator[None]:
     for module in eight_bit:
         read(module, activation)
         give(module)
+    # Its operand is quantised with the rotation back, in the formats of the einsum.
+    read(attention.o_a_proj, lambda x: fp8(bf16(x), 128))
+    give(attention.o_a_proj)
     for module in (attention.q_a_norm, attention.kv_norm, mlp.experts):
         give(module)
     gated = mlp.experts._apply_gate

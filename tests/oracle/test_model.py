@@ -128,6 +128,9 @@ def test_fp8_rounds_to_what_a_scaled_cast_gives():
     expected[1, 3] = torch.tensor(1e-3 / 2).to(torch.float8_e4m3fn).float() * 2
     expected[1, 2] = torch.tensor(50.0).to(torch.float8_e4m3fn).float() * 2
     assert torch.equal(fp8(values, 4), expected)
+    # With 3.3 / 448 as scale, 1 is 135.8 of it, and 128 and 144 are e4m3's numbers around.
+    close = fp8(torch.tensor([[1.0, 0.0, -3.3, 0.0]]), 4, power_of_two=False)
+    assert torch.allclose(close, torch.tensor([[128 * 3.3 / 448, 0.0, -3.3, 0.0]]))
     with pytest.raises(ValueError, match="allowed: multiples of 3"):
         fp8(values, 3)
 
@@ -144,7 +147,7 @@ def test_with_no_rounding_the_rounded_layer_is_the_layer(tiny, sequences, exact,
     import tests.oracle.roundings as roundings
 
     monkeypatch.setattr(roundings, "bf16", lambda values: values)
-    monkeypatch.setattr(roundings, "fp8", lambda values, group: values)
+    monkeypatch.setattr(roundings, "fp8", lambda values, group, power_of_two=True: values)
     plain = list(log_probabilities(Checkpoint(tiny), sequences, Rounded()))
     for one, other in zip(exact, plain, strict=True):
         assert torch.allclose(one, other, atol=1e-4, rtol=0)

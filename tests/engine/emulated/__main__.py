@@ -24,9 +24,9 @@ MAX_BATCHED_TOKENS = 128
 MAX_NUM_SEQS = 5
 # As in `drafting_runs`, for a GPU that is a thousand times slower.
 REQUESTS = ((1, 8), (125, 6), (520, 6))
-GROWING = ((5, 24), (8, 24), (11, 24))
+GROWING = ((5, 18), (8, 18), (11, 18))
 FEW_BATCHED_TOKENS = 48
-MAX_MODEL_LEN, SHORT_MODEL_LEN = 600, 44
+MAX_MODEL_LEN, SHORT_MODEL_LEN = 600, 34
 # Our kernels take no fewer heads than `small` has.
 SIZES = {"none": "tiny", "all": "small"}
 
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         default=FED_TOKENS,
         help="tokens fed one at a time after each prompt (default: %(default)s)",
     )
+    score.add_argument("--tp", type=int, default=1, help="ranks, a process each (default: 1)")
     score.set_defaults(run=_score)
     answer = commands.add_parser("answer", help="greedy answers, as compare_drafting.py has them")
     answer.add_argument(
@@ -78,6 +79,7 @@ def _score(args: argparse.Namespace) -> None:
         args.kernels,
         model=str(args.folder),
         tokenizer_mode="deepseek_v4",
+        tensor_parallel_size=args.tp,
         max_model_len=max(len(sequence.tokens) for sequence in sequences) + 2,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
         max_num_seqs=MAX_NUM_SEQS,

@@ -21,6 +21,8 @@ OPTIONS: dict[str, Any] = {
     "block_size": 256,
     "kv_cache_memory_bytes": 64 << 20,
     "seed": 0,
+    "distributed_executor_backend": "mp",
+    "disable_custom_all_reduce": True,
 }
 
 
@@ -35,6 +37,8 @@ def prepare() -> None:
     os.environ.update(ENGINE)
     # One process: what is put in place must be where the model runs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Ranks are forked, with what is in place.
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"
     gpu.install()
     import vllm.v1.engine.llm_engine  # noqa: F401
 
@@ -66,4 +70,7 @@ def emulated_engine(kernels: str = "none", **options: Any) -> Iterator[tuple[LLM
 
     with emulated_gpu(gpu.CAPABILITY, every_kernel=kernels == "all", span=allocation_of) as driver:
         driver.perform = graphs.record
-        yield LLM(**OPTIONS | options), driver
+        options = OPTIONS | options
+        if options.get("tensor_parallel_size", 1) == 1:
+            options["distributed_executor_backend"] = "uni"
+        yield LLM(**options), driver

@@ -16,6 +16,7 @@ import torch
 from tests.engine.emulated import graphs
 
 CAPABILITY = (12, 0)
+MOST_GPUS = 8
 PROPERTIES = SimpleNamespace(
     name="emulated",
     major=CAPABILITY[0],
@@ -110,7 +111,7 @@ _library = torch.library.Library("aten", "IMPL")
 
 
 def _install_in_vllm() -> None:
-    from vllm.platforms import current_platform
+    from vllm.platforms import Platform, current_platform
 
     platform = type(current_platform)
     # vLLM's own operations are registered for the tensors that they get.
@@ -119,6 +120,9 @@ def _install_in_vllm() -> None:
     platform.get_current_memory_usage = classmethod(lambda cls, device=None: 0.0)
     # Of what is given to torch.compile the graphs are made, and nothing below them.
     platform.simple_compile_backend = "eager"
+    platform.device_count = classmethod(lambda cls: MOST_GPUS)
+    # Of ranks, over gloo.
+    platform.get_device_communicator_cls = Platform.get_device_communicator_cls
     platform.graph_pool_handle = classmethod(lambda cls: 0)
     from vllm_sm12x.adapters import warm_up
 
