@@ -49,6 +49,18 @@ FAULTS = {
     "one_scale": ATTENTION,
 }
 
+# Checkpoint, and which form of our operations runs; what the kernels take selects all entries here,
+# and has experts that are not chosen by the token alone in the last layer only.
+CASES = {
+    "PyTorch": ("tiny", "none", FAULTS),
+    "kernels": ("small", "all", FAULTS | {"half_the_entries": (), "no_router_bias": (5,)}),
+}
+KERNELS = {
+    *("split_kernel", "prefill_kernel", "logits_kernel", "paged_logits_kernel"),
+    *("einsum_kernel", "mix_kernel", "finish_kernel", "post_kernel"),
+    *("product_kernel", "weighted_sum_kernel", "compress_kernel"),
+}
+
 # The engine's noise is another draw than the rounded oracle's. A median over hundreds of tokens
 # moves little; the tail holds tokens for which rounding chose another entry or expert.
 MEDIAN_FACTOR, TAIL_FACTOR, FED_FACTOR = 1.15, 1.5, 1.5
@@ -62,6 +74,7 @@ class Layers:
     """Streams after each part of each layer, each float64 ``[parts, tokens, hc_mult, hidden]``.
 
     Attributes:
+        faults: The parts that each changes.
         engine: The engine's.
         results: The oracle's from the same streams before the part: ``exact``, ``rounded``, and a
             fault's name.
@@ -69,6 +82,7 @@ class Layers:
             placed.
     """
 
+    faults: dict[str, tuple[int, ...]]
     engine: np.ndarray
     results: dict[str, np.ndarray]
     places: np.ndarray
@@ -90,7 +104,8 @@ class Layers:
         }
 
 
-def command(*words: object) -> None:
+def command(*words: object) -> str:
+    """What a module of ours prints, run in a process without a GPU."""
     done = subprocess.run(
         [sys.executable, "-m", *map(str, words)],
         cwd=ROOT,
@@ -102,20 +117,27 @@ def command(*words: object) -> None:
         timeout=900,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
-@pytest.fixture(scope="module")
-def layers(tmp_path_factory: pytest.TempPathFactory) -> Layers:
+@pytest.fixture(scope="module", params=CASES)
+def layers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layers:
+    size, kernels, faults = CASES[request.param]
     folder = tmp_path_factory.mktemp("layers")
-    checkpoint = folder / "tiny"
-    write_checkpoint(checkpoint, config_of("tiny", CHANGES))
+    checkpoint = folder / size
+    write_checkpoint(checkpoint, config_of(size, CHANGES))
     (shard,) = checkpoint.glob("*.safetensors")
     tensors = load_file(shard)
     tensors[LOUD] *= LOUDER
     save_file(tensors, shard, metadata={"format": "pt"})
     seen, computed = folder / "seen.npz", folder / "computed.npz"
     lengths = ("--prompt", PROMPT, "--fed", FED)
-    command("tests.engine.emulated.layers", checkpoint, "--out", seen, *lengths)
+    printed = command(
+        *("tests.engine.emulated.layers", checkpoint, "--out", seen),
+        *(*lengths, "--kernels", kernels),
+    )
+    launched = {line.split()[-1] for line in printed.splitlines() if line}
+    assert launched.isdisjoint(KERNELS) if kernels == "none" else launched >= KERNELS
     # Not in this process: other tests import vLLM into it, which changes transformers.
     command("tests.oracle.layers", checkpoint, seen, "--out", computed)
     with np.load(seen, allow_pickle=False) as stored:
@@ -124,7 +146,7 @@ def layers(tmp_path_factory: pytest.TempPathFactory) -> Layers:
         results = {name: stored[name].astype(np.float64) for name in stored.files}
     places = results.pop("places")
     assert results.keys() - FAULTS.keys() == {"exact", "rounded"}
-    return Layers(engine, results, places / np.linalg.norm(places, axis=-1, keepdims=True))
+    return Layers(faults, engine, results, places / np.linalg.norm(places, axis=-1, keepdims=True))
 
 
 @pytest.mark.slow
@@ -162,7 +184,7 @@ def test_no_part_has_a_fault_and_each_would_be_seen(layers, fault):
     change = layers.split(layers.results[fault] - layers.results["exact"])[kind]
     squares = np.square(change).sum(-1)
     changed = np.flatnonzero(np.sqrt(squares).max(-1) > 1e-3)
-    assert tuple(changed) == FAULTS[fault]
+    assert tuple(changed) == layers.faults[fault]
     seen = layers.split(layers.engine - layers.results["rounded"])[kind]
     for part in changed:
         share = (seen[part] * change[part]).sum() / squares[part].sum()

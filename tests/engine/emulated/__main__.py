@@ -9,14 +9,13 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from drafting_judge import BASE
 from drafting_runs import Run, answers_of, save
 from tests.checkpoint.sizes import config_of
-from tests.engine.emulated.engine import emulated_engine, prepare
+from tests.engine.emulated.engine import emulated_engine, prepare, print_launches
 from tests.oracle.sequences import FED_TOKENS, draw_sequences
 
 # Below the longest prompts, so that they are read in chunks.
@@ -98,7 +97,7 @@ def _score(args: argparse.Namespace) -> None:
         vocab_size=vocab_size,
         facts=_facts(args.kernels) | {"seconds": round(time.perf_counter() - began, 1)},
     ).save(args.out)
-    _print_launches(driver.launched)
+    print_launches(driver)
 
 
 def _answer(args: argparse.Namespace) -> None:
@@ -156,11 +155,6 @@ def _facts(kernels: str) -> dict[str, Any]:
         "commit": commit(),
         "date": now(),
     }
-
-
-def _print_launches(launched: list[Any]) -> None:
-    for kernel, count in Counter(one.kernel for one in launched).most_common():
-        print(f"{count:6} {kernel}")
 
 
 if __name__ == "__main__":

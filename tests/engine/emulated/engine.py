@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -74,3 +75,9 @@ def emulated_engine(kernels: str = "none", **options: Any) -> Iterator[tuple[LLM
         if options.get("tensor_parallel_size", 1) == 1:
             options["distributed_executor_backend"] = "uni"
         yield LLM(**options), driver
+
+
+def print_launches(driver: EmulatedDriver) -> None:
+    """How often each kernel was launched, in this process."""
+    for kernel, count in Counter(one.kernel for one in driver.launched).most_common():
+        print(f"{count:6} {kernel}")

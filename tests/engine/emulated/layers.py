@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tests.engine.emulated.engine import emulated_engine
+from tests.engine.emulated.engine import emulated_engine, print_launches
 
 if TYPE_CHECKING:
     from vllm.models.deepseek_v4.nvidia.model import DeepseekV4Model
@@ -89,12 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         enforce_eager=True,
         logits_processors=["tests.engine.forced_tokens:ForcedTokens"],
         async_scheduling=False,
-    ) as (llm, _):
+    ) as (llm, driver):
         (recorder,) = llm.apply_model(lambda model: Recorder(model.model))
         score(llm, [sequence], 1)
         streams = recorder.streams(len(sequence.tokens))
     with args.out.open("wb") as file:
         np.savez(file, tokens=sequence.tokens, prompt=sequence.prompt, streams=streams)
+    print_launches(driver)
     return 0
 
 
