@@ -56,7 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     for command in (score, answer):
         command.add_argument("--kernels", choices=("all", "none"), default="none")
     args = parser.parse_args(argv)
-    args.run(args)
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -101,6 +105,9 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _answer(args: argparse.Namespace) -> None:
+    for name in args.names:
+        if "piecewise" in Run.of(name).flags:
+            raise ValueError(f"run: {name!r}, allowed here: no piecewise graphs, nothing compiles")
     args.out.mkdir(parents=True, exist_ok=True)
     prepare()
     # Each in a process of its own, which has imported vLLM already.

@@ -84,6 +84,11 @@ class capture(TorchDispatchMode):
             # One of vLLM's: what it does is recorded, and not that it was called.
             with self:
                 return function._op_dk(torch._C.DispatchKey.CPU, *arguments, **named)
+        # Of what PyTorch has as several operations, each is seen.
+        with self:
+            result = function.decompose(*arguments, **named)
+        if result is not NotImplemented:
+            return result
         if _waits(function, arguments):
             raise CaptureError(f"{function}: looks at a number while a graph is captured")
         result = function(*arguments, **named)
