@@ -36,6 +36,9 @@ def prepare() -> None:
     if gpu.installed():
         return
     os.environ.update(ENGINE)
+    # vLLM turns Triton off where it sees no driver, unless no GPU is to be seen.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # One process: what is put in place must be where the model runs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Ranks are forked, with what is in place.
