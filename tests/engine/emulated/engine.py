@@ -42,7 +42,7 @@ def prepare() -> None:
     # One process: what is put in place must be where the model runs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # Ranks are forked, with what is in place.
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     gpu.install()
     import vllm.v1.engine.llm_engine  # noqa: F401
 
