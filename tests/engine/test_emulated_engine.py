@@ -6,39 +6,20 @@ Each engine is a process of its own; those that do not need one another run besi
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from drafting_judge import BASE, judge
+from without_gpu import succeed
 
-ROOT = Path(__file__).resolve().parents[2]
 # Lengths of prompts: beyond the window of 128, two entries of C128A, twice
 # the tiny indexer's 32 entries.
 PROMPTS = "1,3,126,270"
 # All but `eager` decode on graphs of whole steps.
 DRAFTING = ("mtp1", "mtp2-cache", "mtp2-eager", "mtp3-chunks", "mtp2-preempted")
-
-
-def succeed(*words: object) -> str:
-    """What a module of ours prints, run in a process without a GPU."""
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | quiet,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def engine(*words: object) -> str:

@@ -8,11 +8,7 @@ them only the mixing does, where rounding to bfloat16 makes 0.14 %.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.sizes import config_of
 from tests.checkpoint.writer import write_checkpoint
+from without_gpu import succeed
 
-ROOT = Path(__file__).resolve().parents[2]
 # Two entries of C128A, and twice the 32 entries that the tiny indexer selects.
 PROMPT, FED = 270, 12
 # YaRN's turning points at the distances that so few tokens have.
@@ -104,22 +100,6 @@ class Layers:
         }
 
 
-def command(*words: object) -> str:
-    """What a module of ours prints, run in a process without a GPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        cwd=ROOT,
-        env=os.environ
-        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module", params=CASES)
 def layers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layers:
     size, kernels, faults = CASES[request.param]
@@ -132,14 +112,14 @@ def layers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     save_file(tensors, shard, metadata={"format": "pt"})
     seen, computed = folder / "seen.npz", folder / "computed.npz"
     lengths = ("--prompt", PROMPT, "--fed", FED)
-    printed = command(
+    printed = succeed(
         *("tests.engine.emulated.layers", checkpoint, "--out", seen),
         *(*lengths, "--kernels", kernels),
     )
     launched = {line.split()[-1] for line in printed.splitlines() if line}
     assert launched.isdisjoint(KERNELS) if kernels == "none" else launched >= KERNELS
     # Not in this process: other tests import vLLM into it, which changes transformers.
-    command("tests.oracle.layers", checkpoint, seen, "--out", computed)
+    succeed("tests.oracle.layers", checkpoint, seen, "--out", computed)
     with np.load(seen, allow_pickle=False) as stored:
         engine = stored["streams"][1:].astype(np.float64)
     with np.load(computed, allow_pickle=False) as stored:

@@ -15,7 +15,7 @@ from typing import Any
 from drafting_judge import BASE
 from drafting_runs import Run, answers_of, save
 from tests.checkpoint.sizes import config_of
-from tests.engine.emulated.engine import emulated_engine, prepare, print_launches
+from tests.engine.emulated.engine import SCORING, emulated_engine, prepare, print_launches
 from tests.oracle.sequences import FED_TOKENS, draw_sequences
 
 # Below the longest prompts, so that they are read in chunks.
@@ -81,16 +81,12 @@ def _score(args: argparse.Namespace) -> None:
     with emulated_engine(
         args.kernels,
         model=str(args.folder),
-        tokenizer_mode="deepseek_v4",
         tensor_parallel_size=args.tp,
         max_model_len=max(len(sequence.tokens) for sequence in sequences) + 2,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
         max_num_seqs=MAX_NUM_SEQS,
-        enable_prefix_caching=False,
-        enforce_eager=True,
         max_logprobs=MOST_KEPT,
-        logits_processors=["tests.engine.forced_tokens:ForcedTokens"],
-        async_scheduling=False,
+        **SCORING,
     ) as (llm, driver):
         tokens, logprobs = score(llm, sequences, kept)
     Scores(

@@ -26,6 +26,16 @@ OPTIONS: dict[str, Any] = {
     "disable_custom_all_reduce": True,
 }
 
+# And of those that score a checkpoint's forced tokens, as `score_checkpoint.py` does on a GPU.
+SCORING: dict[str, Any] = {
+    "tokenizer_mode": "deepseek_v4",
+    "enable_prefix_caching": False,
+    "enforce_eager": True,
+    "logits_processors": ["tests.engine.forced_tokens:ForcedTokens"],
+    # The processor counts the tokens that came out so far.
+    "async_scheduling": False,
+}
+
 
 def prepare() -> None:
     """Put the emulated GPU in place, where it is not, and import vLLM.

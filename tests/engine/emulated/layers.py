@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tests.engine.emulated.engine import emulated_engine, print_launches
+from tests.engine.emulated.engine import SCORING, emulated_engine, print_launches
 
 if TYPE_CHECKING:
     from vllm.models.deepseek_v4.nvidia.model import DeepseekV4Model
@@ -81,14 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     with emulated_engine(
         args.kernels,
         model=str(args.folder),
-        tokenizer_mode="deepseek_v4",
         max_model_len=len(sequence.tokens) + 2,
         max_num_batched_tokens=CHUNK,
         max_num_seqs=1,
-        enable_prefix_caching=False,
-        enforce_eager=True,
-        logits_processors=["tests.engine.forced_tokens:ForcedTokens"],
-        async_scheduling=False,
+        **SCORING,
     ) as (llm, driver):
         (recorder,) = llm.apply_model(lambda model: Recorder(model.model))
         score(llm, [sequence], 1)
