@@ -87,8 +87,9 @@ def test_drafts_count_as_the_worker_makes_them(measured):
     """Of its first drafts a third is wrong, of the second half; a step gives two tokens or so."""
     for row in of(measured[0], "decode"):
         assert 1.5 < row["acceptance_length"] < 2.5
-        # A step sleeps 4 ms at least.
-        assert row["tpot_median"] * row["acceptance_length"] > 0.004
+        # A step sleeps 4 ms at least. Not by the arrivals: a busy machine sends many at once.
+        steps = row["completion_tokens_mean"] / row["acceptance_length"]
+        assert row["e2e_mean"] > 0.9 * 0.004 * steps
 
 
 def test_traces_were_taken_of_decode_and_of_prefill(measured):
