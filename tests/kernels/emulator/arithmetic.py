@@ -58,8 +58,11 @@ def permute(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
         chosen = (
             eight >> ((selector & np.uint32(7)).astype(np.uint64) * np.uint64(8))
         ) & np.uint64(0xFF)
-        sign = np.where(chosen >> np.uint64(7), np.uint64(0xFF), np.uint64(0))
-        found = found | (np.where(selector >> np.uint32(3), sign, chosen) << np.uint64(8 * byte))
+        signs = selector >> np.uint32(3)
+        if signs.any():
+            sign = np.where(chosen >> np.uint64(7), np.uint64(0xFF), np.uint64(0))
+            chosen = np.where(signs, sign, chosen)
+        found = found | (chosen << np.uint64(8 * byte))
     return found.astype(np.uint32)
 
 

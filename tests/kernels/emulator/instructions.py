@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     Action = Callable[[Machine, Mask], None]
 
 
+# The mask that names all threads of a warp.
+_WHOLE_WARP = np.uint32(0xFFFFFFFF)
+
+
 def action(instruction: Instruction, kernel: Kernel) -> Action:
     """What an instruction does.
 
@@ -281,19 +285,23 @@ def _reduce(opcode, operands, kernel) -> Action:
     target, source, members = operands
     function = {"add": np.add, "max": np.maximum, "min": np.minimum}[opcode.split(".")[2]]
     dtype = types.DTYPES[opcode.rpartition(".")[2]]
+    start = {"add": 0, "max": np.iinfo(dtype).min, "min": np.iinfo(dtype).max}
+    neutral = np.array(start[opcode.split(".")[2]], dtype)
 
     def act(machine: Machine, on: Mask) -> None:
         warps = machine.whole_warps(on)
         value = machine.read_all(source, dtype).reshape(-1, WARP)[warps]
         mask = machine.read_all(members, np.uint32).reshape(-1, WARP)[warps]
+        if (mask == _WHOLE_WARP).all():
+            whole = function.reduce(value, axis=1).astype(dtype)
+            machine.scatter(target, np.repeat(whole, WARP), on)
+            return
         found = np.empty_like(value)
         # Threads of one mask are one group.
         for lane in range(WARP):
             member = (mask[:, lane, None] >> np.arange(WARP, dtype=np.uint32)) & np.uint32(1) == 1
             if not member[:, lane].all():
                 raise KernelFault("a thread reduces over others without itself")
-            start = {"add": 0, "max": np.iinfo(dtype).min, "min": np.iinfo(dtype).max}
-            neutral = np.array(start[opcode.split(".")[2]], dtype)
             found[:, lane] = function.reduce(np.where(member, value, neutral), axis=1)
         machine.scatter(target, found.reshape(-1), on)
 

@@ -235,7 +235,9 @@ class Machine:
 
     def read_all(self, operand: Operand, dtype: type[np.generic]) -> np.ndarray:
         """Value of an operand in every lane."""
-        return np.broadcast_to(self.read(operand, dtype), self.lanes)
+        value = self.read(operand, dtype)
+        # numpy's function takes longer than many an instruction.
+        return value if value.size == self.lanes else np.broadcast_to(value, self.lanes)
 
     def write(self, operand: Operand, value: np.ndarray, on: Mask) -> None:
         """Give a register a value where ``on``, in the others it keeps what it has."""

@@ -27,9 +27,10 @@ SHARED_BASE = 1024
 # Buffers are read in words of up to 8 bytes. Rounded outward to this, none crosses a page.
 _WORD = 16
 
-# A stamp is a time and a warp. A warp that is none means: several.
-_WARPS = 64
-_SEVERAL = _WARPS - 1
+# A stamp is a time and, in the low bits, a warp. A warp that is none means: several.
+_TIME = np.uint32(64)
+_SEVERAL = _TIME - np.uint32(1)
+_NEVER, _UNDER_WAY = np.uint32(0), np.uint32(0xFFFFFFFF)
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -114,7 +115,7 @@ class _Span:
         return self._words[size]
 
     def place(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        return ((addresses - np.uint64(self._base)) // np.uint64(size)).astype(np.int64)
+        return ((addresses - np.uint64(self._base)) >> np.uint64(_shift(size))).view(np.int64)
 
 
 class SharedMemory:
@@ -123,25 +124,25 @@ class SharedMemory:
     Args:
         blocks: How many.
         size: Bytes of each.
-        grain: Every access is of a multiple of so many bytes, at a multiple of them.
+        grain: A power of two. Every access is of a multiple of so many bytes, and at one.
     """
 
     def __init__(self, blocks: int, size: int, grain: int) -> None:
         self._size = size
         self._stride = -(-size // _WORD) * _WORD
-        self._grain = grain
+        self._grain = _shift(grain)
         # What was never written is no number in any format.
         memory = np.full(blocks * self._stride, 0xFF, np.uint8)
         self._words = {width: memory.view(kind) for width, kind in _UNSIGNED.items()}
         grains = blocks * self._stride // grain
-        self._wrote = np.zeros(grains, np.int64)
-        self._read = np.zeros(grains, np.int64)
-        self._under_way = np.zeros(grains, bool)
-        self._time = np.ones(blocks, np.int64)
+        # Stamps of the last write, which may be under way, and of the last read.
+        self._wrote = np.full(grains, _NEVER)
+        self._read = np.full(grains, _NEVER)
+        self._time = np.full(blocks, _TIME)
 
     def barrier(self, block: int) -> None:
         """What a block did until now is done before what it does from now on."""
-        self._time[block] += 1
+        self._time[block] += _TIME
 
     def load(
         self, blocks: np.ndarray, warps: np.ndarray, addresses: np.ndarray, size: int, count: int
@@ -152,8 +153,8 @@ class SharedMemory:
             KernelFault: See the module.
         """
         place = self._place(blocks, addresses, size * count)
-        self._check_load(place, size * count, blocks, warps)
-        index = place // size
+        self._check_load(self._grains(place, size * count), self._now(blocks, warps))
+        index = place >> _shift(size)
         return [self._words[size][index + i] for i in range(count)]
 
     def store(
@@ -166,8 +167,13 @@ class SharedMemory:
         """
         size = words[0].itemsize
         place = self._place(blocks, addresses, size * len(words))
-        self._check_store(place, words, blocks, warps)
-        self._write(place, words, blocks, warps)
+        grains, now = self._grains(place, size * len(words)), self._now(blocks, warps)
+        again = self._check_store(grains, now)
+        if again.any():
+            index = place[again] >> _shift(size)
+            if any((self._words[size][index + i] != w[again]).any() for i, w in enumerate(words)):
+                raise KernelFault(_WRITTEN_TWICE)
+        self._write(place, words, grains, now)
 
     def begin_copy(
         self, blocks: np.ndarray, warps: np.ndarray, addresses: np.ndarray, size: int
@@ -181,27 +187,28 @@ class SharedMemory:
             KernelFault: See the module.
         """
         place = self._place(blocks, addresses, size)
-        self._check_store(place, None, blocks, warps, size)
-        self._under_way[self._grains(place, size)] = True
+        grains = self._grains(place, size)
+        if self._check_store(grains, self._now(blocks, warps)).any():
+            raise KernelFault(_WRITTEN_TWICE)
+        self._wrote[grains] = _UNDER_WAY
         return place
 
     def end_copy(
         self, blocks: np.ndarray, warps: np.ndarray, place: np.ndarray, words: list[np.ndarray]
     ) -> None:
         """Copies have ended, for the threads that began them."""
-        self._under_way[self._grains(place, words[0].itemsize * len(words))] = False
-        self._write(place, words, blocks, warps)
+        grains = self._grains(place, words[0].itemsize * len(words))
+        self._write(place, words, grains, self._now(blocks, warps))
 
-    def _write(self, place, words, blocks, warps) -> None:
+    def _write(self, place, words, grains, now) -> None:
         size = words[0].itemsize
-        index = place // size
+        index = place >> _shift(size)
         memory = self._words[size]
         for i, word in enumerate(words):
             memory[index + i] = word
             if not np.array_equal(memory[index + i], word):
                 raise KernelFault("threads store different values to one shared address")
-        grains = self._grains(place, size * len(words))
-        self._wrote[grains] = self._now(blocks, warps)[:, None]
+        self._wrote[grains] = now
 
     def _place(self, blocks: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
         """Index of the first byte of each access, in all blocks' memory."""
@@ -216,52 +223,58 @@ class SharedMemory:
         return blocks * self._stride + inside
 
     def _grains(self, place: np.ndarray, size: int) -> np.ndarray:
-        return (place // self._grain)[:, None] + np.arange(size // self._grain)
+        """Of each access, ``[accesses, grains of one]``."""
+        first, count = (place >> self._grain)[:, None], size >> self._grain
+        return first if count == 1 else first + np.arange(count)
 
     def _now(self, blocks: np.ndarray, warps: np.ndarray) -> np.ndarray:
-        return self._time[blocks] * _WARPS + warps
+        """The stamp of each access, ``[accesses, 1]``."""
+        return (self._time[blocks] + warps.astype(np.uint32))[:, None]
 
-    def _check_load(self, place, size, blocks, warps) -> None:
-        grains = self._grains(place, size)
-        now = self._now(blocks, warps)[:, None]
+    def _check_load(self, grains: np.ndarray, now: np.ndarray) -> None:
         wrote, read = self._wrote[grains], self._read[grains]
-        if self._under_way[grains].any():
+        if (wrote == _UNDER_WAY).any():
             raise KernelFault("a thread reads shared memory to which a copy is under way")
-        if not wrote.all():
+        if (wrote == _NEVER).any():
             raise KernelFault("a thread reads shared memory that was never written")
-        if ((wrote != now) & (wrote // _WARPS == now // _WARPS)).any():
+        if _by_another(wrote, now).any():
             raise KernelFault(
                 "a thread reads shared memory that another warp wrote since the last barrier"
             )
-        several = now // _WARPS * _WARPS + _SEVERAL
-        stamp = np.where((read != now) & (read // _WARPS == now // _WARPS), several, now)
+        several = now | _SEVERAL
+        stamp = np.where(_by_another(read, now), several, now)
         self._read[grains] = stamp
         # Of several warps that read a byte now, the last one stands there.
         differ = self._read[grains] != stamp
-        self._read[grains[differ]] = np.broadcast_to(several, grains.shape)[differ]
+        if differ.any():
+            self._read[grains[differ]] = np.broadcast_to(several, grains.shape)[differ]
 
-    def _check_store(self, place, words, blocks, warps, size=None) -> None:
-        size = size or words[0].itemsize * len(words)
-        grains = self._grains(place, size)
-        now = self._now(blocks, warps)[:, None]
-        if self._under_way[grains].any():
+    def _check_store(self, grains: np.ndarray, now: np.ndarray) -> np.ndarray:
+        """Which accesses go where another warp has written since the last barrier."""
+        wrote = self._wrote[grains]
+        if (wrote == _UNDER_WAY).any():
             raise KernelFault("a thread writes shared memory to which a copy is under way")
-        read = self._read[grains]
-        if ((read != now) & (read // _WARPS == now // _WARPS)).any():
+        if _by_another(self._read[grains], now).any():
             raise KernelFault(
                 "a thread writes shared memory that another warp read since the last barrier"
             )
-        wrote = self._wrote[grains]
-        again = ((wrote != now) & (wrote // _WARPS == now // _WARPS)).any(axis=1)
-        if again.any() and words is not None:
-            index = place[again] // words[0].itemsize
-            memory = self._words[words[0].itemsize]
-            again = any((memory[index + i] != word[again]).any() for i, word in enumerate(words))
-        if np.any(again):
-            raise KernelFault(
-                "a thread writes shared memory where another warp wrote something else since the"
-                " last barrier"
-            )
+        return _by_another(wrote, now).any(axis=1)
+
+
+_WRITTEN_TWICE = (
+    "a thread writes shared memory where another warp wrote something else since the last barrier"
+)
+
+
+def _by_another(stamps: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """Which stamps are of the same time as ``now``, and of another warp."""
+    # They differ in the low bits and in no other. What is equal wraps around.
+    return (stamps ^ now) - np.uint32(1) < _SEVERAL
+
+
+def _shift(size: int) -> int:
+    """By how many bits to shift, in place of a division by a power of two."""
+    return size.bit_length() - 1
 
 
 def _aligned(addresses: np.ndarray, size: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -42,6 +44,7 @@ def fit(value: np.ndarray, width: type[np.generic]) -> np.ndarray:
     return value.astype(width)
 
 
+@cache
 def unsigned(dtype: type[np.generic]) -> type[np.generic]:
     """The unsigned type of this width; that of predicates is their own."""
     if dtype is np.bool_:
