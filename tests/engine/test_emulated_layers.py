@@ -18,8 +18,6 @@ from tests.checkpoint.sizes import config_of
 from tests.checkpoint.writer import write_checkpoint
 from without_gpu import succeed
 
-# Two entries of C128A, and twice the 32 entries that the tiny indexer selects.
-PROMPT, FED = 270, 12
 # YaRN's turning points at the distances that so few tokens have.
 CHANGES = {
     "rope_scaling": config_of("tiny")["rope_scaling"] | {"original_max_position_embeddings": 512}
@@ -45,12 +43,8 @@ FAULTS = {
     "one_scale": ATTENTION,
 }
 
-# Checkpoint, and which form of our operations runs; what the kernels take selects all entries here,
-# and has experts that are not chosen by the token alone in the last layer only.
-CASES = {
-    "PyTorch": ("tiny", "none", FAULTS),
-    "kernels": ("small", "all", FAULTS | {"half_the_entries": (), "no_router_bias": (5,)}),
-}
+# What the kernels take has experts that are not chosen by the token alone in the last layer only.
+KERNELS_FAULTS = FAULTS | {"no_router_bias": (5,)}
 KERNELS = {
     *("split_kernel", "prefill_kernel", "logits_kernel", "paged_logits_kernel"),
     *("einsum_kernel", "mix_kernel", "finish_kernel", "post_kernel"),
@@ -66,11 +60,42 @@ LARGEST_SHARE, LARGEST_ERROR = 0.2, 0.1
 
 
 @dataclass(frozen=True)
+class Case:
+    """A checkpoint, the form of our operations, and what is read.
+
+    Attributes:
+        prompt: Tokens of the prompt: two entries of C128A at least.
+        fed: Tokens that are fed one at a time.
+        entries: How many the indexer selects, of one each 4 tokens.
+    """
+
+    size: str
+    kernels: str
+    faults: dict[str, tuple[int, ...]]
+    prompt: int = 270
+    fed: int = 12
+    entries: int = 32
+
+
+CASES = {
+    "PyTorch": Case("tiny", "none", FAULTS),
+    "kernels": Case("small", "all", KERNELS_FAULTS),
+}
+# Only with --long: as many entries as the published model selects, of 554.
+LONG = {"long": Case("small", "all", KERNELS_FAULTS, prompt=2200, fed=16, entries=512)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    wanted = CASES | (LONG if metafunc.config.getoption("long", default=False) else {})
+    metafunc.parametrize("layers", wanted.values(), ids=wanted, indirect=True, scope="module")
+
+
+@dataclass(frozen=True)
 class Layers:
     """Streams after each part of each layer, each float64 ``[parts, tokens, hc_mult, hidden]``.
 
     Attributes:
-        faults: The parts that each changes.
+        case: What was asked.
         engine: The engine's.
         results: The oracle's from the same streams before the part: ``exact``, ``rounded``, and a
             fault's name.
@@ -78,7 +103,7 @@ class Layers:
             placed.
     """
 
-    faults: dict[str, tuple[int, ...]]
+    case: Case
     engine: np.ndarray
     results: dict[str, np.ndarray]
     places: np.ndarray
@@ -100,24 +125,23 @@ class Layers:
         }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module")
 def layers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layers:
-    size, kernels, faults = CASES[request.param]
+    case: Case = request.param
     folder = tmp_path_factory.mktemp("layers")
-    checkpoint = folder / size
-    write_checkpoint(checkpoint, config_of(size, CHANGES))
+    checkpoint = folder / case.size
+    write_checkpoint(checkpoint, config_of(case.size, CHANGES | {"index_topk": case.entries}))
     (shard,) = checkpoint.glob("*.safetensors")
     tensors = load_file(shard)
     tensors[LOUD] *= LOUDER
     save_file(tensors, shard, metadata={"format": "pt"})
     seen, computed = folder / "seen.npz", folder / "computed.npz"
-    lengths = ("--prompt", PROMPT, "--fed", FED)
     printed = succeed(
         *("tests.engine.emulated.layers", checkpoint, "--out", seen),
-        *(*lengths, "--kernels", kernels),
+        *("--prompt", case.prompt, "--fed", case.fed, "--kernels", case.kernels),
     )
     launched = {line.split()[-1] for line in printed.splitlines() if line}
-    assert launched.isdisjoint(KERNELS) if kernels == "none" else launched >= KERNELS
+    assert launched.isdisjoint(KERNELS) if case.kernels == "none" else launched >= KERNELS
     # Not in this process: other tests import vLLM into it, which changes transformers.
     succeed("tests.oracle.layers", checkpoint, seen, "--out", computed)
     with np.load(seen, allow_pickle=False) as stored:
@@ -126,16 +150,17 @@ def layers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         results = {name: stored[name].astype(np.float64) for name in stored.files}
     places = results.pop("places")
     assert results.keys() - FAULTS.keys() == {"exact", "rounded"}
-    return Layers(faults, engine, results, places / np.linalg.norm(places, axis=-1, keepdims=True))
+    return Layers(case, engine, results, places / np.linalg.norm(places, axis=-1, keepdims=True))
 
 
 @pytest.mark.slow
 def test_no_part_is_further_away_than_its_formats_explain(layers):
     seen, noise = layers.errors(layers.engine), layers.errors(layers.results["rounded"])
+    read, fed = slice(None, layers.case.prompt), slice(layers.case.prompt, None)
     judged = [
-        ("prefill, median", slice(None, PROMPT), 0.5, MEDIAN_FACTOR),
-        ("prefill, tail", slice(None, PROMPT), 0.9, TAIL_FACTOR),
-        ("fed, median", slice(PROMPT, None), 0.5, FED_FACTOR),
+        ("prefill, median", read, 0.5, MEDIAN_FACTOR),
+        ("prefill, tail", read, 0.9, TAIL_FACTOR),
+        ("fed, median", fed, 0.5, FED_FACTOR),
     ]
     problems = []
     for kind in seen:
@@ -164,7 +189,7 @@ def test_no_part_has_a_fault_and_each_would_be_seen(layers, fault):
     change = layers.split(layers.results[fault] - layers.results["exact"])[kind]
     squares = np.square(change).sum(-1)
     changed = np.flatnonzero(np.sqrt(squares).max(-1) > 1e-3)
-    assert tuple(changed) == layers.faults[fault]
+    assert tuple(changed) == layers.case.faults[fault]
     seen = layers.split(layers.engine - layers.results["rounded"])[kind]
     for part in changed:
         share = (seen[part] * change[part]).sum() / squares[part].sum()

@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "worker_cls": "tests.engine.emulated.worker.EmulatedWorker",
     "kv_cache_dtype": "fp8",
     "block_size": 256,
-    "kv_cache_memory_bytes": 64 << 20,
+    "kv_cache_memory_bytes": 256 << 20,
     "seed": 0,
     "distributed_executor_backend": "mp",
     "disable_custom_all_reduce": True,
