@@ -8,12 +8,14 @@ them only the mixing does, where rounding to bfloat16 makes 0.14 %.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks.engine.model import compress_ratios
 from tests.checkpoint.sizes import config_of
 from tests.checkpoint.writer import write_checkpoint
 from without_gpu import succeed
@@ -64,9 +66,11 @@ class Case:
     """A checkpoint, the form of our operations, and what is read.
 
     Attributes:
-        prompt: Tokens of the prompt: two entries of C128A at least.
+        faults: The parts that each changes; nothing where none is looked for.
+        prompt: Tokens of the prompt. Faults of C128A need two entries of it.
         fed: Tokens that are fed one at a time.
         entries: How many the indexer selects, of one each 4 tokens.
+        changes: Of the size's configuration.
     """
 
     size: str
@@ -75,18 +79,32 @@ class Case:
     prompt: int = 270
     fed: int = 12
     entries: int = 32
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = {
     "PyTorch": Case("tiny", "none", FAULTS),
     "kernels": Case("small", "all", KERNELS_FAULTS),
 }
-# Only with --long: as many entries as the published model selects, of 554.
-LONG = {"long": Case("small", "all", KERNELS_FAULTS, prompt=2200, fed=16, entries=512)}
+# Only with --long: as many entries as the published model selects, of 554, and as many layers as it
+# has, in its order.
+LONG = {
+    "512 entries": Case("small", "all", KERNELS_FAULTS, prompt=2200, fed=16, entries=512),
+    "43 layers": Case(
+        "small",
+        "all",
+        {},
+        prompt=140,
+        fed=4,
+        changes={"compress_ratios": compress_ratios(43), "num_hash_layers": 3},
+    ),
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted = CASES | (LONG if metafunc.config.getoption("long", default=False) else {})
+    if "fault" in metafunc.fixturenames:
+        wanted = {name: case for name, case in wanted.items() if case.faults}
     metafunc.parametrize("layers", wanted.values(), ids=wanted, indirect=True, scope="module")
 
 
@@ -130,7 +148,9 @@ def layers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     case: Case = request.param
     folder = tmp_path_factory.mktemp("layers")
     checkpoint = folder / case.size
-    write_checkpoint(checkpoint, config_of(case.size, CHANGES | {"index_topk": case.entries}))
+    write_checkpoint(
+        checkpoint, config_of(case.size, CHANGES | {"index_topk": case.entries} | case.changes)
+    )
     (shard,) = checkpoint.glob("*.safetensors")
     tensors = load_file(shard)
     tensors[LOUD] *= LOUDER
