@@ -20,9 +20,11 @@ from tests.checkpoint.sizes import config_of
 from tests.checkpoint.writer import write_checkpoint
 from without_gpu import succeed
 
-# YaRN's turning points at the distances that so few tokens have.
 CHANGES = {
-    "rope_scaling": config_of("tiny")["rope_scaling"] | {"original_max_position_embeddings": 512}
+    # YaRN's turning points at the distances that so few tokens have.
+    "rope_scaling": config_of("tiny")["rope_scaling"] | {"original_max_position_embeddings": 512},
+    # About half of what there is to select from.
+    "index_topk": 32,
 }
 # One entry of C128A among 128 keys would be lost in the noise of the others.
 LOUD, LOUDER = "layers.2.attn.compressor.norm.weight", 3
@@ -69,8 +71,7 @@ class Case:
         faults: The parts that each changes; nothing where none is looked for.
         prompt: Tokens of the prompt. Faults of C128A need two entries of it.
         fed: Tokens that are fed one at a time.
-        entries: How many the indexer selects, of one each 4 tokens.
-        changes: Of the size's configuration.
+        changes: Of the size's configuration, besides ``CHANGES``.
     """
 
     size: str
@@ -78,7 +79,6 @@ class Case:
     faults: dict[str, tuple[int, ...]]
     prompt: int = 270
     fed: int = 12
-    entries: int = 32
     changes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,7 +89,9 @@ CASES = {
 # Only with --long: as many entries as the published model selects, of 554, and as many layers as it
 # has, in its order.
 LONG = {
-    "512 entries": Case("small", "all", KERNELS_FAULTS, prompt=2200, fed=16, entries=512),
+    "512 entries": Case(
+        "small", "all", KERNELS_FAULTS, prompt=2200, fed=16, changes={"index_topk": 512}
+    ),
     "43 layers": Case(
         "small",
         "all",
@@ -148,9 +150,7 @@ def layers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     case: Case = request.param
     folder = tmp_path_factory.mktemp("layers")
     checkpoint = folder / case.size
-    write_checkpoint(
-        checkpoint, config_of(case.size, CHANGES | {"index_topk": case.entries} | case.changes)
-    )
+    write_checkpoint(checkpoint, config_of(case.size, CHANGES | case.changes))
     (shard,) = checkpoint.glob("*.safetensors")
     tensors = load_file(shard)
     tensors[LOUD] *= LOUDER

@@ -89,7 +89,7 @@ def test_drafts_count_as_the_worker_makes_them(measured):
         assert 1.5 < row["acceptance_length"] < 2.5
         # A step sleeps 4 ms at least. Not by the arrivals: a busy machine sends many at once.
         steps = row["completion_tokens_mean"] / row["acceptance_length"]
-        assert row["e2e_mean"] > 0.9 * 0.004 * steps
+        assert row["e2e_mean"] > 0.004 * steps
 
 
 def test_traces_were_taken_of_decode_and_of_prefill(measured):

@@ -283,10 +283,13 @@ def _shuffle(opcode, operands, kernel) -> Action:
 def _reduce(opcode, operands, kernel) -> Action:
     """``redux.sync``: over the threads that the mask names, in each of them."""
     target, source, members = operands
-    function = {"add": np.add, "max": np.maximum, "min": np.minimum}[opcode.split(".")[2]]
     dtype = types.DTYPES[opcode.rpartition(".")[2]]
-    start = {"add": 0, "max": np.iinfo(dtype).min, "min": np.iinfo(dtype).max}
-    neutral = np.array(start[opcode.split(".")[2]], dtype)
+    function, neutral = {
+        "add": (np.add, 0),
+        "max": (np.maximum, np.iinfo(dtype).min),
+        "min": (np.minimum, np.iinfo(dtype).max),
+    }[opcode.split(".")[2]]
+    neutral = np.array(neutral, dtype)
 
     def act(machine: Machine, on: Mask) -> None:
         warps = machine.whole_warps(on)

@@ -32,6 +32,10 @@ _TIME = np.uint32(64)
 _SEVERAL = _TIME - np.uint32(1)
 _NEVER, _UNDER_WAY = np.uint32(0), np.uint32(0xFFFFFFFF)
 
+_WRITTEN_TWICE = (
+    "a thread writes shared memory where another warp wrote something else since the last barrier"
+)
+
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -130,7 +134,7 @@ class SharedMemory:
     def __init__(self, blocks: int, size: int, grain: int) -> None:
         self._size = size
         self._stride = -(-size // _WORD) * _WORD
-        self._grain = _shift(grain)
+        self._grain_shift = _shift(grain)
         # What was never written is no number in any format.
         memory = np.full(blocks * self._stride, 0xFF, np.uint8)
         self._words = {width: memory.view(kind) for width, kind in _UNSIGNED.items()}
@@ -224,7 +228,7 @@ class SharedMemory:
 
     def _grains(self, place: np.ndarray, size: int) -> np.ndarray:
         """Of each access, ``[accesses, grains of one]``."""
-        first, count = (place >> self._grain)[:, None], size >> self._grain
+        first, count = (place >> self._grain_shift)[:, None], size >> self._grain_shift
         return first if count == 1 else first + np.arange(count)
 
     def _now(self, blocks: np.ndarray, warps: np.ndarray) -> np.ndarray:
@@ -259,11 +263,6 @@ class SharedMemory:
                 "a thread writes shared memory that another warp read since the last barrier"
             )
         return _by_another(wrote, now).any(axis=1)
-
-
-_WRITTEN_TWICE = (
-    "a thread writes shared memory where another warp wrote something else since the last barrier"
-)
 
 
 def _by_another(stamps: np.ndarray, now: np.ndarray) -> np.ndarray:
