@@ -38,6 +38,8 @@ def execute(
     grid: tuple[int, int, int] = (1, 1, 1),
     shared_bytes: int = 0,
     traffic: bool = False,
+    strict: bool = True,
+    width: int = 0,
 ) -> Counts:
     """Run a kernel of one entry.
 
@@ -46,6 +48,7 @@ def execute(
             addresses of the tensors.
         shared_bytes: Of ``memory``, shared memory of a block.
         traffic: Whether to count what accesses take.
+        strict: As of :class:`emulator.machine.Launch`, as is ``width``.
 
     Raises:
         KernelFault: As the emulator does, also ``PtxError``.
@@ -60,7 +63,7 @@ def execute(
     )
     return run(
         Program(parse(text)),
-        Launch(grid, tuple(t.data_ptr() for t in tensors), shared_bytes),
+        Launch(grid, tuple(t.data_ptr() for t in tensors), shared_bytes, strict, width),
         GlobalMemory(map(span_of, tensors)),
         traffic,
     )

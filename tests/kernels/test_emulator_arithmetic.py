@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import struct
+from fractions import Fraction
 
 import pytest
 import torch
@@ -106,6 +107,8 @@ INTEGERS = {
     "mul.lo.s32 d, a, b;": ([32, 32], 32, lambda a, b: a * b),
     "mul.lo.s64 d, a, b;": ([64, 64], 64, lambda a, b: a * b),
     "mul.hi.s32 d, a, b;": ([32, 32], 32, lambda a, b: S32(a) * S32(b) >> 32),
+    "mul.hi.u16 d, a, b;": ([16, 16], 16, lambda a, b: a * b >> 16),
+    "sub.s16 d, a, b;": ([16, 16], 16, lambda a, b: a - b),
     "mul.wide.s32 d, a, b;": ([32, 32], 64, lambda a, b: S32(a) * S32(b)),
     "mul.wide.u32 d, a, b;": ([32, 32], 64, lambda a, b: a * b),
     "mad.lo.s32 d, a, b, c;": ([32, 32, 32], 32, lambda a, b, c: a * b + c),
@@ -132,6 +135,9 @@ INTEGERS = {
     "bfe.u32 d, a, 5, 3;": ([32], 32, lambda a: field(a, 5, 3, False)),
     "bfe.s32 d, a, 4, 1;": ([32], 32, lambda a: field(a, 4, 1, True)),
     "bfe.s32 d, a, 28, 4;": ([32], 32, lambda a: field(a, 28, 4, True)),
+    "bfi.b32 d, a, b, 4, 28;": ([32, 32], 32, lambda a, b: a << 4 | b & 0xF),
+    "bfi.b32 d, a, b, 30, 8;": ([32, 32], 32, lambda a, b: a << 30 | b & 2**30 - 1),
+    "bfi.b64 d, a, b, 8, 3;": ([64, 64], 64, lambda a, b: (a & 7) << 8 | b & ~(7 << 8)),
     "prmt.b32 d, a, b, c;": ([32, 32, 32], 32, permuted),
     "prmt.b32 d, a, b, 0xBA98U;": ([32, 32], 32, lambda a, b: permuted(a, b, 0xBA98)),
     "add.s16x2 d, a, b;": (
@@ -225,6 +231,11 @@ FLOATS = {
     "abs.f32 d, a;": abs,
     "neg.f32 d, a;": lambda a: -a,
     "ex2.approx.f32 d, a;": nearest_two,
+    "rcp.approx.f32 d, a;": lambda a: over(1.0, a),
+    "rcp.rn.f32 d, a;": lambda a: over(1.0, a),
+    "sqrt.rn.f32 d, a;": lambda a: a if a == 0 else math.nan if a < 0 else math.sqrt(a),
+    "cvt.sat.f32.f32 d, a;": lambda a: min(max(a, 0.0), 1.0),
+    "cvt.rpi.f32.f32 d, a;": lambda a: a if math.isinf(a) else math.copysign(math.ceil(a), a),
     "cvt.rpi.ftz.f32.f32 d, a;": ceiling,
 }
 
@@ -259,6 +270,23 @@ def test_fused_multiply_add_rounds_once():
     assert to_float(found[0]) == 2.0**-24
     rows = zip(a, b, c, strict=True)
     same(found, [to_float(x) * to_float(y) + to_float(z) for x, y, z in rows], places=0)
+
+
+def test_fused_multiply_add_rounded_down():
+    rng = random.Random(13)
+    a, b, c = ([to_bits(rng.uniform(-4, 4)) for _ in range(THREADS)] for _ in range(3))
+    found = apply("fma.rm.f32 d, a, b, c;", [32] * 3, [a, b, c], 32)
+    for result, *row in zip(found, a, b, c, strict=True):
+        x, y, z = (Fraction(to_float(bits)) for bits in row)
+        assert Fraction(to_float(result)) <= x * y + z
+        above = torch.nextafter(torch.tensor(to_float(result)), torch.tensor(math.inf))
+        assert Fraction(above.item()) > x * y + z
+
+
+def test_logarithm():
+    values = [2.0**n for n in range(-60, 68)] * 2
+    found = apply("lg2.approx.f32 d, a;", [32], [[to_bits(v) for v in values]], 32)
+    assert [to_float(bits) for bits in found] == [float(n) for n in range(-60, 68)] * 2
 
 
 def test_reciprocal_square_root():
@@ -394,10 +422,53 @@ def test_products_of_bfloat16():
     def packed(values):
         return [values[i] | values[i + THREADS] << 16 for i in range(THREADS)]
 
-    found = apply("mul.rn.bf16x2 d, a, b;", [32, 32], [packed(a), packed(b)], 32)
     rows = zip(a, b, strict=True)
     exact = [bfloat16(to_float(x << 16) * to_float(y << 16)) for x, y in rows]
-    assert found == packed(exact)
+    for name in ("mul.rn.bf16x2", "mul.bf16x2"):
+        found = apply(f"{name} d, a, b;", [32, 32], [packed(a), packed(b)], 32)
+        assert found == packed(exact)
+
+
+def test_fused_products_of_bfloat16_are_rounded_once():
+    rng = random.Random(14)
+    a, b, c = ([bfloat16(rng.uniform(-4, 4)) for _ in range(2 * THREADS)] for _ in range(3))
+    # The product lies in the middle between two neighbours; float32 does not keep what is added.
+    for index, added in enumerate((0.0, 2.0**-30, -(2.0**-30))):
+        a[index], b[index], c[index] = (bfloat16(v) for v in (1.5, 1.359375, added))
+
+    def packed(values):
+        return [values[i] | values[i + THREADS] << 16 for i in range(THREADS)]
+
+    found = apply("fma.rn.bf16x2 d, a, b, c;", [32] * 3, [packed(v) for v in (a, b, c)], 32)
+    halves = [v & 0xFFFF for v in found] + [v >> 16 for v in found]
+    for result, *row in zip(halves, a, b, c, strict=True):
+        x, y, z = (Fraction(to_float(bits << 16)) for bits in row)
+        assert result == nearest_bfloat16(x * y + z)
+
+
+def nearest_bfloat16(exact: Fraction) -> int:
+    """Bits of the nearest bfloat16 of normal size, to even, by whole numbers."""
+    if exact == 0:
+        return 0
+    exponent = math.floor(math.log2(abs(exact)))
+    unit = Fraction(2) ** (exponent - 7)
+    return to_bits(float(round(exact / unit) * unit)) >> 16
+
+
+def test_a_product_of_two_bfloat16():
+    rng = random.Random(15)
+    a, b = ([bfloat16(rng.uniform(-4, 4)) for _ in range(THREADS)] for _ in range(2))
+    rows = zip(a, b, strict=True)
+    exact = [bfloat16(to_float(x << 16) * to_float(y << 16)) for x, y in rows]
+    assert apply("mul.bf16 d, a, b;", [16, 16], [a, b], 16) == exact
+
+
+def test_float16():
+    rng = random.Random(16)
+    values = [rng.uniform(-70000, 70000) for _ in range(THREADS)]
+    found = apply("cvt.rn.f16.f32 d, a;", [32], [[to_bits(v) for v in values]], 16)
+    halves = torch.tensor(values, dtype=torch.float32).to(torch.float16).view(torch.int16)
+    assert found == [v & 0xFFFF for v in halves.tolist()]
 
 
 def test_e4m3():

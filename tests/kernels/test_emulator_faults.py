@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator.errors import KernelFault, PtxError
+from emulator.errors import KernelFault
 from ptx_text import execute
 
 # A thread stores its number where it has its place in shared memory.
@@ -203,8 +203,8 @@ def test_a_barrier_that_some_never_reach():
     shared(text)
 
 
-def test_a_barrier_of_some_threads_is_not_known():
-    with pytest.raises(PtxError, match="a barrier of a part of the block"):
+def test_races_are_told_by_barriers_of_all():
+    with pytest.raises(KernelFault, match="a barrier that is not all of the block's"):
         shared("bar.sync 1, 32;")
 
 

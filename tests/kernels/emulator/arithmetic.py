@@ -49,6 +49,14 @@ def extract(value: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndar
     return (value << left) >> np.array(32 - length, value.dtype)
 
 
+def insert(a: np.ndarray, b: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """``bfi``: ``b`` with the low bits of ``a`` from ``start`` on."""
+    bits, start = 8 * a.itemsize, int(start[0]) & 0xFF
+    mask = (2 ** min(int(length[0]) & 0xFF, bits) - 1) << start & (2**bits - 1)
+    moved = a << np.array(start, a.dtype) if start < bits else np.zeros_like(a)
+    return (moved & np.array(mask, a.dtype)) | (b & np.array(mask ^ (2**bits - 1), a.dtype))
+
+
 def permute(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
     """``prmt.b32``: each byte of the result is one of the eight of ``b:a``, or its sign."""
     eight = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
@@ -72,10 +80,31 @@ def multiply_bfloat16(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return types.float32_to_bfloat16(product)
 
 
+def fused_bfloat16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """``a * b + c`` of bfloat16 numbers, rounded to bfloat16 once."""
+    a, b, c = (types.bfloat16_to_float32(value).astype(np.float64) for value in (a, b, c))
+    exact = a * b + c
+    # On the way through float32, what is lost makes the last place odd: then to the nearest
+    # bfloat16 comes out what it does without the detour.
+    near = exact.astype(np.float32)
+    beyond = np.abs(near) > np.abs(exact)
+    cut = np.where(beyond, np.nextafter(near, np.float32(0)), near)
+    lost = np.isfinite(exact) & np.isfinite(cut) & (cut != exact)
+    odd = cut.view(np.uint32) | lost.astype(np.uint32)
+    return types.float32_to_bfloat16(odd.view(np.float32))
+
+
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """``a * b + c`` of float32."""
     exact = a.astype(np.float64) * b.astype(np.float64)
     return (exact + c.astype(np.float64)).astype(np.float32)
+
+
+def fused_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """``a * b + c`` of float32, rounded toward minus infinity."""
+    exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def wide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -85,8 +114,9 @@ def wide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Upper half of the product of 32-bit integers."""
-    return (wide(a, b) >> 32).astype(a.dtype)
+    """Upper half of the product."""
+    product = wide(a, b)
+    return (product >> product.dtype.type(8 * a.itemsize)).astype(a.dtype)
 
 
 def smaller_magnitude(minimum: Function) -> Function:
@@ -113,6 +143,7 @@ _FLOAT = {
     "div.full": np.divide,
     "div.rn": np.divide,
     "fma.rn": fused,
+    "fma.rm": fused_down,
     "max": np.fmax,
     "min": np.fmin,
     "max.NaN": np.maximum,
@@ -123,6 +154,11 @@ _FLOAT = {
     "neg": np.negative,
     "ex2.approx": np.exp2,
     "rsqrt.approx": lambda x: (1 / np.sqrt(x.astype(np.float64))).astype(np.float32),
+    "rcp.approx": lambda x: np.divide(np.float32(1), x),
+    "rcp.rn": lambda x: np.divide(np.float32(1), x),
+    "sqrt.approx": np.sqrt,
+    "sqrt.rn": np.sqrt,
+    "lg2.approx": np.log2,
 }
 
 _INTEGER = {
@@ -153,9 +189,12 @@ _PAIRS = {
     "add.f32x2": np.add,
     "sub.f32x2": np.subtract,
     "mul.f32x2": np.multiply,
+    "mul.rn.f32x2": np.multiply,
     "fma.rn.f32x2": fused,
     "add.s16x2": np.add,
+    "mul.bf16x2": multiply_bfloat16,
     "mul.rn.bf16x2": multiply_bfloat16,
+    "fma.rn.bf16x2": fused_bfloat16,
     "abs.bf16x2": lambda a: a & np.uint16(0x7FFF),
 }
 
@@ -170,6 +209,7 @@ def _as_float32(function: Function) -> Function:
 # Of numbers in registers of 16 bits.
 _BFLOAT16 = {
     "abs.bf16": lambda a: a & np.uint16(0x7FFF),
+    "mul.bf16": multiply_bfloat16,
     "max.bf16": _as_float32(np.fmax),
     "min.bf16": _as_float32(np.fmin),
 }
@@ -233,6 +273,8 @@ def simple(opcode: str) -> tuple[tuple[type[np.generic], ...], Function] | None:
     if name == "mad.wide":
         wider = _WIDER[dtype]
         return (dtype, dtype, wider), lambda a, b, c: wide(a, b) + c
+    if name == "bfi":
+        return (dtype, dtype, np.uint32), insert
     if name == "bfe":
         return (dtype, np.uint32), extract
     if opcode == "popc.b32":
@@ -279,14 +321,26 @@ def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return (high.astype(np.uint32) << np.uint32(16)) | low
 
 
-def _to_uint16(value: np.ndarray) -> np.ndarray:
+def _to_integer(dtype: type[np.generic]) -> Function:
     """Toward zero; beyond the range its end, and 0 for NaN."""
-    return np.nan_to_num(np.clip(np.trunc(value), 0, 0xFFFF), nan=0).astype(np.uint16)
+    ends = np.iinfo(dtype)
+
+    def convert(value: np.ndarray) -> np.ndarray:
+        whole = np.trunc(np.nan_to_num(value.astype(np.float64), nan=0))
+        return np.clip(whole, ends.min, ends.max).astype(dtype)
+
+    return convert
+
+
+def _two_float16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    return _joined(*(value.astype(np.float16).view(np.uint16) for value in (high, low)))
 
 
 _CONVERSIONS = {
     "cvt.f32.bf16": (np.uint16, types.bfloat16_to_float32),
     "cvt.f32.f16": (np.uint16, types.float16_to_float32),
+    "cvt.rn.f16.f32": (np.float32, lambda a: a.astype(np.float16).view(np.uint16)),
+    "cvt.rn.f16x2.f32": (np.float32, _two_float16),
     "cvt.rn.bf16.f32": (np.float32, types.float32_to_bfloat16),
     "cvt.rn.bf16x2.f32": (np.float32, _two_bfloat16),
     "cvt.rn.satfinite.e4m3x2.f32": (np.float32, _two_e4m3),
@@ -296,7 +350,11 @@ _CONVERSIONS = {
     "cvt.rn.f32.s32": (np.int32, lambda a: a.astype(np.float32)),
     "cvt.rn.f32.u32": (np.uint32, lambda a: a.astype(np.float32)),
     "cvt.rn.f32.u16": (np.uint16, lambda a: a.astype(np.float32)),
-    "cvt.rzi.u16.f32": (np.float32, _to_uint16),
+    "cvt.rzi.u16.f32": (np.float32, _to_integer(np.uint16)),
+    "cvt.rzi.u32.f32": (np.float32, _to_integer(np.uint32)),
+    "cvt.rzi.s32.f32": (np.float32, _to_integer(np.int32)),
+    "cvt.sat.f32.f32": (np.float32, lambda a: np.nan_to_num(np.clip(a, 0, 1), nan=0)),
+    "cvt.rpi.f32.f32": (np.float32, np.ceil),
     "cvt.rpi.ftz.f32.f32": (np.float32, lambda a: np.ceil(flushed(a))),
 }
 

@@ -110,7 +110,10 @@ def _load(opcode, operands, kernel) -> Action:
         lanes = machine.selected(on)
         if on is not None and not lanes.size:
             return
-        if is_shared:
+        if opcode.startswith("ld.local"):
+            at = _addresses(machine, address, on, np.uint64)
+            found = machine.local.load(machine.numbers(on), at, size, len(parts))
+        elif is_shared:
             at = _addresses(machine, address, on, np.uint32)
             found = machine.shared.load(
                 machine.block[lanes], machine.warp[lanes], at, size, len(parts)
@@ -134,11 +137,61 @@ def _store(opcode, operands, kernel) -> Action:
         if on is not None and not lanes.size:
             return
         words = [machine.read_all(part, dtype)[lanes] for part in parts]
-        if is_shared:
+        if opcode.startswith("st.local"):
+            at = _addresses(machine, address, on, np.uint64)
+            machine.local.store(machine.numbers(on), at, words)
+        elif is_shared:
             at = _addresses(machine, address, on, np.uint32)
             machine.shared.store(machine.block[lanes], machine.warp[lanes], at, words)
         else:
             machine.memory.store(_addresses(machine, address, on, np.uint64), words)
+
+    return act
+
+
+_ATOMIC = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "exch": lambda old, new: new,
+}
+
+
+def _atomic(opcode, operands, kernel) -> Action:
+    """``atom`` and ``red``: threads one after another; the former gives what was there before."""
+    *parts, operation, kind = opcode.split(".")
+    dtype = types.DTYPES[kind]
+    target, (address, *sources) = (
+        (None, operands) if parts[0] == "red" else (operands[0], operands[1:])
+    )
+    is_shared = "shared" in parts
+    if not (is_shared or "global" in parts) or operation not in (*_ATOMIC, "cas"):
+        raise PtxError(f"{kernel.name}: not known: {opcode}")
+
+    def new(old: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
+        if operation == "cas":
+            return values[1] if old == values[0] else old
+        return _ATOMIC[operation](old, values[0])
+
+    def act(machine: Machine, on: Mask) -> None:
+        lanes = machine.numbers(on)
+        at = _addresses(machine, address, on, np.uint32 if is_shared else np.uint64)
+        values = [machine.read_all(source, dtype)[lanes] for source in sources]
+        before = np.empty(lanes.size, dtype)
+        for index, lane in enumerate(lanes):
+            one = slice(index, index + 1)
+            if is_shared:
+                memory, who = machine.shared, (machine.block[[lane]], machine.warp[[lane]])
+            else:
+                memory, who = machine.memory, ()
+            (old,) = memory.load(*who, at[one], before.itemsize, 1)
+            before[one] = old.view(dtype)
+            after = new(before[one], [value[one] for value in values])
+            memory.store(*who, at[one], [after.astype(dtype).view(types.unsigned(dtype))])
+        if target is not None:
+            machine.scatter(target, before, on)
 
     return act
 
@@ -150,7 +203,7 @@ def _copy(opcode, operands, kernel) -> Action:
     word = min(size, 4)
 
     def act(machine: Machine, on: Mask) -> None:
-        lanes = np.arange(machine.lanes)[machine.selected(on)]
+        lanes = machine.numbers(on)
         if not lanes.size:
             return
         bytes_read = machine.read_all(given[0], np.uint32)[lanes] if given else None
@@ -180,6 +233,16 @@ def _commit(opcode, operands, kernel) -> Action:
 def _wait(opcode, operands, kernel) -> Action:
     allowed = operands[0].value
     return lambda machine, on: machine.copies.wait(on, allowed)
+
+
+def _wait_all(opcode, operands, kernel) -> Action:
+    """For every copy of the thread, also those of no group yet."""
+
+    def act(machine: Machine, on: Mask) -> None:
+        machine.copies.commit(on)
+        machine.copies.wait(on, 0)
+
+    return act
 
 
 def _load_matrix(opcode, operands, kernel) -> Action:
@@ -252,8 +315,6 @@ def _multiply(opcode, operands, kernel) -> Action:
 def _shuffle(opcode, operands, kernel) -> Action:
     target, source, distance, bounds, members = operands
     mode = opcode.split(".")[2]
-    if not isinstance(members, Immediate) or members.value != -1:
-        raise PtxError(f"{kernel.name}: a shuffle of some threads of a warp")
     lane = np.arange(WARP)
 
     def act(machine: Machine, on: Mask) -> None:
@@ -266,6 +327,9 @@ def _shuffle(opcode, operands, kernel) -> Action:
         if mode == "up":
             other = lane - by
             valid = other >= highest
+        elif mode == "down":
+            other = lane + by
+            valid = other <= highest
         elif mode == "bfly":
             other = lane ^ by
             valid = other <= highest
@@ -275,7 +339,14 @@ def _shuffle(opcode, operands, kernel) -> Action:
         else:
             raise PtxError(f"not known: {opcode}")
         chosen = np.where(valid, other, lane)
-        machine.scatter(target, np.take_along_axis(value, chosen, axis=1).reshape(-1), on)
+        named = machine.read_all(members, np.uint32).reshape(-1, WARP)[warps]
+        if not (named >> lane.astype(np.uint32) & named >> chosen.astype(np.uint32) & 1).all():
+            raise KernelFault("a thread shuffles with one that it does not name, or without itself")
+        result, *was_valid = _parts(target)
+        machine.scatter(result, np.take_along_axis(value, chosen, axis=1).reshape(-1), on)
+        for predicate in was_valid:
+            valid = np.broadcast_to(valid, chosen.shape)
+            machine.scatter(predicate, np.ascontiguousarray(valid).reshape(-1), on)
 
     return act
 
@@ -321,9 +392,32 @@ def _return(opcode, operands, kernel) -> Action:
 
 
 def _barrier(opcode, operands, kernel) -> Action:
-    if len(operands) != 1 or operands[0] != Immediate(0):
-        raise PtxError(f"{kernel.name}: a barrier of a part of the block: {operands}")
-    return lambda machine, on: machine.barrier(on)
+    """``bar.sync``: which barrier, and for how many threads, all of the block unless that is
+    given."""
+    number, *awaited = operands
+
+    def act(machine: Machine, on: Mask) -> None:
+        lanes = machine.selected(on)
+        values = [machine.read_all(one, np.uint32)[lanes] for one in (number, *awaited)]
+        machine.barrier(on, *(value.astype(np.int64) for value in values))
+
+    return act
+
+
+_VOTES = {"and.pred": np.all, "or.pred": np.any, "popc.u32": np.count_nonzero}
+
+
+def _vote(opcode, operands, kernel) -> Action:
+    """``bar.red``: a barrier of all, and what their predicates come to."""
+    count = _VOTES.get(opcode.removeprefix("bar.red."))
+    target, number, predicate = operands
+    if count is None or number != Immediate(0):
+        raise PtxError(f"{kernel.name}: not known: {opcode} {number}")
+
+    def act(machine: Machine, on: Mask) -> None:
+        machine.vote(on, target, machine.read_all(predicate, np.bool_), count)
+
+    return act
 
 
 def _nothing(opcode, operands, kernel) -> Action:
@@ -336,8 +430,13 @@ _ACTIONS: dict[str, Callable[..., Action]] = {
     "ld.shared": _load,
     "st.global": _store,
     "st.shared": _store,
+    "ld.local": _load,
+    "st.local": _store,
+    "atom": _atomic,
+    "red": _atomic,
     "cp.async.commit_group": _commit,
     "cp.async.wait_group": _wait,
+    "cp.async.wait_all": _wait_all,
     "cp.async.cg": _copy,
     "cp.async.ca": _copy,
     "ldmatrix": _load_matrix,
@@ -349,8 +448,14 @@ _ACTIONS: dict[str, Callable[..., Action]] = {
     "bra": _branch,
     "ret": _return,
     "bar.sync": _barrier,
+    "bar.red": _vote,
     # Threads of a warp are in step, and kernels of a stream run one after another.
     "bar.warp.sync": _nothing,
     "griddepcontrol": _nothing,
     "prefetch": _nothing,
+    # Threads see what others wrote at once.
+    "fence": _nothing,
+    "membar": _nothing,
+    # An address is one number in its own space and in the whole.
+    "cvta": _move,
 }

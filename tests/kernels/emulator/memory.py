@@ -129,12 +129,15 @@ class SharedMemory:
         blocks: How many.
         size: Bytes of each.
         grain: A power of two. Every access is of a multiple of so many bytes, and at one.
+        strict: Whether it is a fault to read what was never written, which is no number in any
+            format, and to touch it in a race.
     """
 
-    def __init__(self, blocks: int, size: int, grain: int) -> None:
+    def __init__(self, blocks: int, size: int, grain: int, strict: bool = True) -> None:
         self._size = size
         self._stride = -(-size // _WORD) * _WORD
         self._grain_shift = _shift(grain)
+        self._strict = strict
         # What was never written is no number in any format.
         memory = np.full(blocks * self._stride, 0xFF, np.uint8)
         self._words = {width: memory.view(kind) for width, kind in _UNSIGNED.items()}
@@ -239,6 +242,8 @@ class SharedMemory:
         wrote, read = self._wrote[grains], self._read[grains]
         if (wrote == _UNDER_WAY).any():
             raise KernelFault("a thread reads shared memory to which a copy is under way")
+        if not self._strict:
+            return
         if (wrote == _NEVER).any():
             raise KernelFault("a thread reads shared memory that was never written")
         if _by_another(wrote, now).any():
@@ -258,6 +263,8 @@ class SharedMemory:
         wrote = self._wrote[grains]
         if (wrote == _UNDER_WAY).any():
             raise KernelFault("a thread writes shared memory to which a copy is under way")
+        if not self._strict:
+            return np.zeros(len(grains), bool)
         if _by_another(self._read[grains], now).any():
             raise KernelFault(
                 "a thread writes shared memory that another warp read since the last barrier"

@@ -1,6 +1,6 @@
-"""Read the PTX that Triton's compiler writes into instructions with operands.
+"""Read the PTX that Triton's compiler or NVIDIA's writes into instructions with operands.
 
-What is read is the part of the language that the compiler uses for our kernels: one entry, no
+What is read is the part of the language that they use for the kernels here: entries without
 functions, and braces that open a scope of inline assembly. Anything else is an error.
 """
 
@@ -13,13 +13,18 @@ from dataclasses import dataclass, field
 from emulator.errors import PtxError
 
 # What ends a run of instructions that threads go through together.
-_TERMINATORS = ("bra", "ret", "bar.sync")
+_TERMINATORS = ("bra", "ret", "bar.sync", "bar.red")
 
-_ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.DOTALL)
+_ENTRY = re.compile(r"(?:\.(?:visible|weak)\s+)?\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)")
 _THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)")
 _SHARED = re.compile(r"\.extern\s+\.shared\s+.*?\b(\w+)\[\]")
+# Memory of the kernel's own, a block's or a thread's.
+_ARRAY = re.compile(
+    r"^\s*\.(shared|local)\s+\.align\s+(\d+)\s+\.[a-z](\d+)\s+([\w$]+)(?:\[(\d+)\])?", re.MULTILINE
+)
 _DECLARED = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
+_BRACE = re.compile(r"[{}]")
 _LABEL = re.compile(r"([$\w]+):\s*")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+([$\w]+)")
 _PLACE = re.compile(r"^\s*\.loc\b.*//\s*(\S+:\d+):\d+", re.MULTILINE)
@@ -59,7 +64,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Vector:
-    """``{a, b, ...}``."""
+    """``{a, b, ...}``, or ``a|b``, a result and a predicate."""
 
     parts: tuple[Register | Immediate | Name, ...]
 
@@ -94,7 +99,10 @@ class Kernel:
         name: Its symbol.
         parameters: Type of each parameter, in order.
         threads: Of a block.
-        shared_symbol: Name of the block's shared memory, or ``""``.
+        shared_symbols: Names of the shared memory that a launch gives a block.
+        arrays: Where arrays of the kernel's own begin in the memory of their sort (``"shared"``,
+            ``"local"``), by name.
+        array_bytes: What they take of each.
         segments: Instructions that threads go through together: a branch, a barrier or a return
             stands at the end of one alone, and a label at the beginning.
         labels: Index of the segment that a label begins.
@@ -103,7 +111,9 @@ class Kernel:
     name: str
     parameters: list[str]
     threads: int
-    shared_symbol: str
+    shared_symbols: tuple[str, ...]
+    arrays: dict[str, tuple[str, int]] = field(default_factory=dict)
+    array_bytes: dict[str, int] = field(default_factory=lambda: {"shared": 0, "local": 0})
     segments: list[list[Instruction]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -114,38 +124,47 @@ class Kernel:
             yield from segment
 
 
-def parse(ptx: str) -> Kernel:
-    """The one entry of a PTX text.
+def parse(ptx: str, name: str = "", threads: int = 0) -> Kernel:
+    """An entry of a PTX text.
+
+    Args:
+        name: Which; by default the only one.
+        threads: Of a block; by default what the text says.
 
     Raises:
-        PtxError: There is no entry or more than one, or a statement is not understood; the message
-            gives it.
+        PtxError: There is no such entry, or more than one where none is named, or a statement is
+            not understood; the message gives it.
     """
-    entries = list(_ENTRY.finditer(ptx))
+    entries = [entry for entry in _ENTRY.finditer(ptx) if name in ("", entry[1])]
     if len(entries) != 1:
-        raise PtxError(f"ptx: {len(entries)} entries, allowed: one")
+        raise PtxError(f"ptx: {len(entries)} entries{name and f' {name}'}, allowed: one")
     (entry,) = entries
-    threads = _THREADS.search(entry[3])
-    if threads is None:
+    said = _THREADS.search(entry[3])
+    if not threads and said is None:
         raise PtxError(f"{entry[1]}: no number of threads (.reqntid, .maxntid)")
-    shared = _SHARED.search(ptx)
     kernel = Kernel(
         name=entry[1],
         parameters=[kind for kind, _ in _PARAMETER.findall(entry[2])],
-        threads=int(threads[1]),
-        shared_symbol=shared[1] if shared else "",
+        threads=threads or int(said[1]),
+        shared_symbols=tuple(_SHARED.findall(ptx)),
     )
-    _Body(kernel, f"{kernel.name}_param_").read(ptx[entry.end() : _end(ptx, entry.end())])
+    body = ptx[entry.end() : _end(ptx, entry.end())]
+    reader = _Body(kernel, f"{kernel.name}_param_")
+    # Arrays that stand before the kernels are those of the kernels that name them.
+    for array in _ARRAY.finditer(ptx, 0, entry.start()):
+        if array[4] in body:
+            reader.reserve(*array.groups())
+    reader.read(body)
     return kernel
 
 
 def _end(text: str, start: int) -> int:
     """Where the brace closes that opened before ``start``."""
     depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
+    for brace in _BRACE.finditer(text, start):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return start + brace.start()
+            return brace.start()
     raise PtxError("ptx: a brace is not closed")
 
 
@@ -173,6 +192,13 @@ class _Body:
             else:
                 self._statement(statement)
 
+    def reserve(self, memory: str, alignment: str, bits: str, name: str, count: str | None) -> None:
+        """Memory of the kernel's own: one number, or ``count``."""
+        taken, alignment = self._kernel.array_bytes, int(alignment)
+        first = -(-taken[memory] // alignment) * alignment
+        self._kernel.arrays[name] = (memory, first)
+        taken[memory] = first + int(bits) // 8 * int(count or 1)
+
     def _statement(self, text: str) -> None:
         while True:
             label = _LABEL.match(text)
@@ -192,6 +218,8 @@ class _Body:
                 break
         if text.startswith(".reg"):
             self._declare(text)
+        elif _ARRAY.match(text):
+            self.reserve(*_ARRAY.match(text).groups())
         elif text.startswith((".pragma", ".file")) or not text:
             pass
         elif text.startswith("."):
@@ -229,6 +257,8 @@ class _Body:
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):
             return Vector(tuple(self._operand(part) for part in _split(text[1:-1])))
+        if "|" in text:
+            return Vector(tuple(self._operand(part.strip()) for part in text.split("|")))
         if text.startswith("["):
             base, _, offset = (part.strip() for part in text[1:-1].partition("+"))
             return Address(self._operand(base), int(offset, 0) if offset else 0)
@@ -256,7 +286,7 @@ def _statements(body: str) -> Iterator[str]:
             yield line
             continue
         code = line.partition("//")[0].strip()
-        if code.startswith((".loc", ".file")):
+        if code.startswith((".loc ", ".loc\t", ".file")):
             continue
         pending = f"{pending} {code}".strip()
         while ";" in pending:
