@@ -1,7 +1,8 @@
 """vLLM's C++ operations on DeepSeek V4's portable path, in PyTorch, from what each is to compute.
 
-vLLM's Triton kernels and ours run as they are compiled; these are CUDA C++ in its binaries, which
-no emulator of PTX can run. Formats are those of the FP8 caches in
+vLLM's Triton kernels and ours run as they are compiled; these are CUDA C++, of which its binaries
+have machine code alone. ``tests/engine/test_compiled_ops.py`` holds them against the sources of
+those, compiled to PTX. Formats are those of the FP8 caches in
 :mod:`vllm_sm12x.ops.fp8_ds_mla`, written out again here: what writes a cache must not share a
 mistake with what reads it.
 """
@@ -31,13 +32,14 @@ def rms_norm(
 ) -> None:
     values = input.float()
     values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
-    values = values.to(input.dtype)
-    result.copy_(values if weight is None else values * weight)
+    result.copy_(values if weight is None else values * weight.float())
 
 
 def silu_and_mul_with_clamp(result: torch.Tensor, input: torch.Tensor, limit: float) -> None:
-    gate, up = input.float().chunk(2, dim=-1)
-    result.copy_(F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit))
+    gate, up = input.chunk(2, dim=-1)
+    # Rounded between the activation and the product.
+    activation = F.silu(gate.clamp(max=limit).float()).to(input.dtype)
+    result.copy_(activation * up.clamp(-limit, limit))
 
 
 def per_token_group_fp8_quant(
@@ -252,6 +254,7 @@ def moe_align_block_size(
         experts += [expert] * (len(mine) // block_size)
     sorted_token_ids.fill_(len(flat))
     sorted_token_ids[: len(pairs)] = torch.tensor(pairs, dtype=torch.int32)
+    expert_ids.fill_(-1)
     expert_ids[: len(experts)] = torch.tensor(experts, dtype=torch.int32)
     num_tokens_post_pad.fill_(len(pairs))
 
