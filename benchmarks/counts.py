@@ -1,6 +1,7 @@
 """What our kernels execute on SM12x, counted on an emulator: no GPU is needed, no time is measured.
 
-One row a kernel of a call, all figures a program (a block of threads):
+One row a kernel of a call, of ours or of those that ours replace (Marlin, TileLang), all figures a
+program (a block of threads):
 
 ``ptx``      instructions of PTX that its warps execute; the assembler makes fewer of most
 ``matrix``   matrix instructions among them
@@ -15,10 +16,12 @@ PFLOP/s), a wavefront a clock. The largest of ``ptx/4``, ``matrix*4`` and ``shar
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 from benchmarks.harness import Report, argument_parser
 
@@ -28,12 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"
 from compressor_checks import prefill as compressor_case
 from emulated_gpu import emulated_gpu
 from emulator.driver import Launched
+from marlin import marlin_experts
+from native_kernels import EmulatedStream
 from test_compressor import C128A
 from test_fp8_einsum import draw as einsum_arguments
 from test_mhc import fused_arguments
 from test_mqa_logits import arguments as logits_arguments
 from test_mxfp4_experts import draw as experts_arguments
 from test_sparse_mla import SCALE, Decode, Prefill
+from tilelang_kernels import emulated_tilelang
 
 from vllm_sm12x.ops import mhc, mqa_logits, mxfp4_experts, sparse_mla
 from vllm_sm12x.ops.compressor import compress_to_cache
@@ -44,8 +50,11 @@ _MATRIX_CLOCKS = 16
 _QUARTERS = 4
 
 
-def calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Operation, shape and a call of it, which draws its arguments itself."""
+def calls() -> Iterator[tuple[str, str, Callable[[], list[Launched] | None]]]:
+    """Operation, shape and a call of it, which draws its arguments itself.
+
+    One that is not ours gives what it launched.
+    """
     for tokens in (1, 12):
         shape = f"{tokens} tokens, 64 heads, 128 + 512 keys"
         yield "sparse_mla_decode", shape, partial(_decode, tokens)
@@ -54,9 +63,13 @@ def calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
     for tokens in (1, 24, 128):
         yield "fp8_einsum", f"{tokens} tokens, 2 x 1024 x 512", partial(_einsum, tokens)
     for tokens in (1, 24):
-        yield "mhc", f"{tokens} tokens, hidden 1024", partial(_mhc, tokens)
-    for tokens in (1, 24, 128):
-        yield "mxfp4_experts", f"{tokens} tokens, 4 experts, 1024 x 512", partial(_experts, tokens)
+        shape = f"{tokens} tokens, hidden 4096"
+        yield "mhc", shape, partial(_mhc, tokens)
+        yield "mhc", f"{shape}, TileLang", partial(_tilelang, tokens)
+    for tokens in (1, 24, 132):
+        shape = f"{tokens} tokens, 24 experts, 512 x 512"
+        yield "mxfp4_experts", shape, partial(_experts, tokens)
+        yield "mxfp4_experts", f"{shape}, Marlin", partial(_marlin, tokens)
     yield "compressor", "256 tokens, window 128", _compressor
 
 
@@ -85,12 +98,38 @@ def _einsum(tokens: int) -> None:
 
 
 def _mhc(tokens: int) -> None:
-    mhc.mhc_fused_post_pre(**fused_arguments(tokens, 1024, seed=0), **KERNELS)
+    mhc.mhc_fused_post_pre(**fused_arguments(tokens, 4096, seed=0), **KERNELS)
+
+
+def _tilelang(tokens: int) -> list[Launched]:
+    import vllm.utils.deep_gemm
+    from vllm.model_executor.kernels.mhc import tilelang
+
+    stream = EmulatedStream(traffic=True)
+    with (
+        emulated_tilelang(stream),
+        # As on SM12x.
+        patch.object(vllm.utils.deep_gemm, "is_deep_gemm_supported", lambda: False),
+        patch.object(tilelang, "portable_enabled", lambda operation: False),
+    ):
+        tilelang.mhc_fused_post_pre_tilelang(**fused_arguments(tokens, 4096, seed=0))
+    return stream.launched
+
+
+# So many that few tokens share one, as of the published model's 256.
+EXPERTS = dict(experts=24, hidden=512, intermediate=512, top_k=2)
 
 
 def _experts(tokens: int) -> None:
-    given = experts_arguments(tokens, experts=4, hidden=1024, intermediate=512, top_k=2)
+    given = experts_arguments(tokens, **EXPERTS)
     mxfp4_experts.mxfp4_experts(*given, swiglu_limit=10.0, **KERNELS)
+
+
+def _marlin(tokens: int) -> list[Launched]:
+    stream = EmulatedStream(traffic=True)
+    marlin_experts(*experts_arguments(tokens, **EXPERTS), stream=stream, limit=10.0)
+    # Weights are repacked once, when a model is loaded.
+    return [launched for launched in stream.launched if "repack" not in launched.kernel]
 
 
 def _compressor() -> None:
@@ -119,7 +158,7 @@ def row(operation: str, shape: str, launched: Launched) -> dict[str, object]:
     return {
         "operation": operation,
         "shape": shape,
-        "kernel": launched.kernel.removeprefix("_"),
+        "kernel": _name(launched.kernel),
         "programs": programs,
         "warps": launched.warps,
         "ptx": round(warps.total() / programs),
@@ -129,6 +168,14 @@ def row(operation: str, shape: str, launched: Launched) -> dict[str, object]:
         **_columns("global", *moved["global"], programs),
         "bound": f"{bound}, {round(clocks[bound] / programs):,} clocks",
     }
+
+
+def _name(symbol: str) -> str:
+    """A kernel's name; of Marlin's its parameters as well: threads, and tiles of 16 by 16 by 16."""
+    if "Marlin" in symbol:
+        threads, rows, columns, depth, *_ = re.findall(r"ELi(\d+)", symbol)
+        return f"Marlin {threads}, {rows} x {columns} x {depth}"
+    return symbol.removeprefix("_").removesuffix("_tilelang_kernel")
 
 
 def _columns(name: str, taken: int, least: int, programs: int) -> dict[str, object]:
@@ -151,8 +198,8 @@ def main() -> None:
         if arguments.op and operation not in arguments.op:
             continue
         with emulated_gpu(traffic=True) as gpu:
-            call()
-        report.rows([row(operation, shape, launched) for launched in gpu.launched])
+            launches = call() or gpu.launched
+        report.rows([row(operation, shape, launched) for launched in launches])
 
 
 if __name__ == "__main__":
