@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ KEPT = (
 # No token id below this is drawn: specials and bytes.
 FIRST_WORD = 320
 FIRST_PROMPT, FIRST_TOKENS = 256, 16
-# A traced answer, far from its end after the seconds that are traced.
-PROFILE_TOKENS, PROFILE_S = 1024, 0.1
+# A traced answer, and the seconds and chunks of it that are traced at least, far from its end.
+PROFILE_TOKENS, PROFILE_S, PROFILE_CHUNKS = 1024, 0.1, 4
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,38 @@ class Plan:
     requests: int = 16
     profile: tuple[int, ...] = (1, 8)
     profile_prompt: int = 8192
+
+
+class Growth:
+    """How far some answers that run at once have come."""
+
+    def __init__(self, answers: int) -> None:
+        self.answers = answers
+        self._chunks: dict[int, int] = {}
+        self._more = asyncio.Event()
+
+    def arrived(self, answer: Answer) -> None:
+        """Take note of a chunk; for `gates.client`, at each."""
+        self._chunks[id(answer)] = len(answer.chunks)
+        self._more.set()
+
+    async def by(self, chunks: int) -> None:
+        """Return when each answer has so many chunks more than now."""
+        before = self._chunks.copy()
+        while len(self._chunks) < self.answers or any(
+            now - before.get(one, 0) < chunks for one, now in self._chunks.items()
+        ):
+            self._more.clear()
+            await self._more.wait()
+
+
+async def _first(wanted: Coroutine[Any, Any, None], ended: asyncio.Future[Any]) -> bool:
+    """Whether ``wanted`` returned before ``ended`` did."""
+    waiting = asyncio.create_task(wanted)
+    await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
+    done = waiting.done()
+    waiting.cancel()
+    return done
 
 
 @dataclass
@@ -155,30 +187,27 @@ class Bench:
         )
 
     async def profile_decode(self, concurrency: int, plan: Plan) -> None:
-        """Trace steps of running answers: prompts are read when the profiler starts."""
-        reading = concurrency
-        running = asyncio.Event()
+        """Trace steps of running answers: prompts are read when the profiler starts.
 
-        def arrived(answer: Answer) -> None:
-            nonlocal reading
-            if len(answer.chunks) == 2:
-                reading -= 1
-                if not reading:
-                    running.set()
-
-        asked = [
-            asyncio.create_task(self.ask(plan.profile_prompt, PROFILE_TOKENS, arrived))
-            for _ in range(concurrency)
-        ]
-        ended = asyncio.gather(*asked)
-        waiting = asyncio.create_task(running.wait())
-        await asyncio.wait([ended, waiting], return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
+        It stops after ``PROFILE_S``, when each answer has grown by ``PROFILE_CHUNKS``: on a busy
+        machine no step may fall into so short a time.
+        """
+        growth = Growth(concurrency)
+        ended = asyncio.gather(
+            *(
+                self.ask(plan.profile_prompt, PROFILE_TOKENS, growth.arrived)
+                for _ in range(concurrency)
+            )
+        )
         begun = {"of": "decode", "concurrency": concurrency, "context": plan.profile_prompt}
-        if running.is_set():
+        if await _first(growth.by(2), ended):
             await self._trace("start")
-            await asyncio.sleep(PROFILE_S)
+            slept = asyncio.create_task(asyncio.sleep(PROFILE_S))
+            grown = await _first(growth.by(PROFILE_CHUNKS), ended)
+            await slept
             await self._trace("stop")
+            if not grown and not any(answer.fault for answer in await ended):
+                raise Failed("profile of decode: the answers ended before the profiler had begun")
         self._profiled(begun, await ended)
 
     async def profile_prefill(self, plan: Plan) -> None:
