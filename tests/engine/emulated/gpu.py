@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.engine.emulated import graphs
+from tests.engine.emulated import graphs, rowwise
 
 CAPABILITY = (12, 0)
 MOST_GPUS = 8
@@ -88,6 +88,7 @@ def install() -> None:
     from tests.engine.emulated import compiled_ops
 
     compiled_ops.install()
+    rowwise.install()
 
 
 def _install_in_torch() -> None:
