@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -60,36 +59,67 @@ def native() -> Callable[..., None] | None:
     return call
 
 
+def few(block_t: int, block_n: int, warps: int, stages: int, dependent: bool = True):
+    """A tiling for few tokens: a warp a part."""
+    return EinsumConfig(block_t, block_n, True, warps, stages, parts=warps, dependent=dependent)
+
+
 def variants(tokens: int, name: str) -> list[EinsumConfig]:
     """Tilings to try for a number of tokens and a lowering."""
-    shapes: list[tuple[int, int, bool, int]]
-    few = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-    if tokens <= 32 and name == "native":
-        few = max(few, 16)
-        shapes, stages = [(few, 64, True, 4), (few, 128, True, 4)], (4, 6, 8)
-    elif tokens <= 32:
-        shapes, stages = [(few, 32, True, 2), (few, 64, True, 4), (few, 16, True, 1)], (5, 8)
-    elif tokens <= 256:
-        shapes = [(64, 64, True, 4), (64, 128, False, 4), (32, 128, True, 4), (64, 64, True, 8)]
-        stages = (3, 5)
-    elif name == "native":
-        shapes = [(64, 128, False, 4), (128, 128, False, 8), (128, 64, False, 4), (64, 64, True, 4)]
-        stages = (3, 4)
-    else:
-        shapes = [(64, 64, True, 4), (64, 128, False, 8), (128, 64, False, 8), (128, 128, False, 8)]
-        stages = (3,)
-        shapes += [(128, 128, False, 16), (64, 64, False, 4), (64, 32, False, 4)]
-    found = [EinsumConfig(*shape, number) for shape, number in itertools.product(shapes, stages)]
-    if tokens > 256 and name == "native":  # three blocks a multiprocessor in place of two
-        found.append(EinsumConfig(64, 128, False, 4, 3, maxnreg=168))
-    return found
+    if tokens <= 16:
+        t = 8 if tokens <= 8 else 16
+        return [
+            few(t, 32, 4, 3, dependent=False),
+            few(t, 32, 4, 4),
+            few(t, 16, 4, 4),
+            few(t, 64, 4, 3),
+            few(t, 32, 8, 2),
+            few(t, 32, 8, 3),
+            few(t, 16, 8, 3),
+            # All warps on one block of inputs.
+            EinsumConfig(max(t, 16), 64, True, 4, 6)
+            if name == "native"
+            else EinsumConfig(t, 32, True, 2, 6),
+        ]
+    if tokens <= 32:
+        return [
+            few(32, 32, 4, 3, dependent=False),
+            few(32, 32, 4, 2),
+            few(32, 32, 4, 4),
+            few(32, 64, 4, 3),
+            few(32, 16, 4, 3),
+            few(32, 32, 8, 2),
+            EinsumConfig(32, 64, True, 4, 6),
+            EinsumConfig(32, 32, True, 2, 5),
+        ]
+    if tokens <= 256:
+        shapes = [(64, 64, True, 4), (64, 128, False, 4), (64, 64, False, 4)]
+        found = [EinsumConfig(*shape, stages) for shape in shapes for stages in (3, 5)]
+        return [*found, few(32, 32, 4, 3), few(64, 16, 4, 3)]
+    if name == "native":
+        return [
+            EinsumConfig(64, 128, False, 4, 3),
+            EinsumConfig(64, 128, False, 4, 4),
+            EinsumConfig(64, 128, False, 4, 4, maxnreg=168),
+            EinsumConfig(128, 64, False, 4, 3),
+            EinsumConfig(128, 64, False, 4, 3, maxnreg=168),
+        ]
+    return [
+        EinsumConfig(64, 64, False, 4, 3),
+        EinsumConfig(64, 64, False, 4, 3, maxnreg=168),
+        EinsumConfig(128, 64, False, 4, 3),
+        EinsumConfig(128, 128, False, 8, 3),
+        EinsumConfig(64, 128, True, 4, 3),
+    ]
 
 
 def describe(config: EinsumConfig) -> str:
     order = "nt" if config.weights_first else "tn"
-    bound = f" r{config.maxnreg}" if config.maxnreg else ""
+    more = f" p{config.parts}" if config.parts > 1 else ""
+    more += " dep" if config.dependent else ""
+    more += f" r{config.maxnreg}" if config.maxnreg else ""
     return (
-        f"{config.block_t}x{config.block_n}{order} w{config.num_warps} s{config.num_stages}{bound}"
+        f"{config.block_t}x{config.block_n}{order} w{config.num_warps} s{config.num_stages}{more}"
     )
 
 

@@ -83,48 +83,50 @@ def worst_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor])
 
 
 def variants(chosen: Configs, tokens: int) -> list[Configs]:
-    """Launch parameters to try, one thing changed at a time."""
+    """Launch parameters to try, mostly one thing changed at a time."""
     mix, finish = chosen
     change = dataclasses.replace
     if tokens <= 16:
         others = [
-            change(mix, splits=64),
-            change(mix, splits=32),
-            change(mix, block_h=64, splits=64, num_warps=4),
             change(mix, num_warps=4),
+            change(mix, block_h=64, splits=64, num_warps=4),
+            change(mix, block_h=64, splits=64, num_warps=8),
+            change(mix, block_t=32, num_warps=4),
         ]
-        finishes = [change(finish, num_warps=4), change(finish, num_warps=16)]
+        finishes = [change(finish, num_warps=warps) for warps in (2, 8)]
     elif tokens <= 64:
         others = [
-            change(mix, splits=128),
-            change(mix, splits=32),
-            change(mix, block_t=16, splits=128, num_warps=2, num_stages=1),
-            change(mix, block_t=16, splits=64, num_warps=2, num_stages=1),
+            change(mix, block_t=16, num_warps=2),
+            change(mix, block_t=16, num_warps=4),
+            change(mix, block_t=16, block_h=64, splits=64, num_warps=4),
+            change(mix, block_h=64, splits=64, num_warps=8),
+            change(mix, num_warps=8),
         ]
-        finishes = [change(finish, mix_t=4), change(finish, num_warps=4)]
+        finishes = [change(finish, num_warps=8), change(finish, mix_t=2)]
     else:
         others = [
             change(mix, splits=mix.splits // 2),
             change(mix, splits=mix.splits * 2),
             change(mix, num_stages=2),
-            change(mix, block_t=32, num_warps=4, num_stages=2),
-            change(mix, block_t=32, num_warps=4, num_stages=3),
-            change(mix, block_t=32, num_warps=4, num_stages=1),
-            change(mix, block_t=128, num_stages=2),
+            change(mix, halved=False),
+            change(mix, num_warps=8),
+            change(mix, block_t=32, num_warps=2),
+            change(mix, block_t=32, num_warps=4),
+            change(mix, block_t=128, num_warps=8, num_stages=2),
         ]
-        finishes = [
-            change(finish, num_warps=4),
-            change(finish, num_warps=16),
-            change(finish, mix_t=32),
-            change(finish, mix_t=4),
-        ]
+        finishes = [change(finish, num_warps=8), change(finish, mix_t=finish.mix_t // 2)]
+        if tokens <= 512:
+            # One step a part.
+            one = change(mix, splits=128, num_stages=1, halved=False)
+            others += [change(one, block_t=32), change(one, block_h=64, splits=64, num_warps=8)]
     return [(other, finish) for other in others] + [(mix, other) for other in finishes]
 
 
 def describe(config: Configs) -> str:
     mix, finish = config
+    halved = " halved" if mix.halved else ""
     return (
-        f"{mix.block_t}x{mix.block_h} /{mix.splits} w{mix.num_warps} s{mix.num_stages}"
+        f"{mix.block_t}x{mix.block_h} /{mix.splits} w{mix.num_warps} s{mix.num_stages}{halved}"
         f", {finish.mix_t} w{finish.num_warps}"
     )
 

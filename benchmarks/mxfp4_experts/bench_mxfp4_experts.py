@@ -31,50 +31,49 @@ def tilings(tokens: int, form: str) -> dict[str, Row]:
     """What ``--try`` times, both products alike."""
     if tokens * TOP_K <= MOST_PAIRS:
         shapes = [
-            (16, 64, 256, 4, 4),
             (8, 64, 256, 4, 4),
-            (16, 64, 128, 4, 4),
-            (16, 64, 256, 4, 3),
-            (16, 64, 256, 4, 6),
-            (16, 128, 128, 4, 4),
-            (16, 128, 256, 8, 3),
-            (16, 128, 256, 4, 3),
-            (16, 32, 256, 2, 4),
+            (8, 64, 256, 4, 3),
+            (8, 64, 128, 4, 6),
+            (8, 128, 128, 4, 4),
+            (8, 128, 256, 4, 3),
+            (8, 128, 256, 8, 3),
         ]
         rows = {_label(shape): _row(shape, MOST_PAIRS) for shape in shapes}
-        for shape in shapes[:2]:
-            for lines in (0, 2, 8):
-                label = f"{_label(shape)} dependent {lines}"
-                rows[label] = replace(_row(shape, MOST_PAIRS), dependent=True, lines=lines)
+        if tokens * TOP_K <= 32:
+            for shape in shapes[0], shapes[3]:
+                rows[f"{_label(shape)} of 32 pairs"] = _row(shape, 32)
+        for shape in shapes[0], shapes[3]:
+            label = f"{_label(shape)} dependent"
+            rows[label] = replace(_row(shape, MOST_PAIRS), dependent=True)
         return rows
     if form == "float8":
         shapes = [
             (64, 128, 128, 4, 3),
-            (64, 128, 128, 4, 4),
-            (64, 256, 128, 8, 3),
             (32, 128, 128, 4, 4),
         ]
-    else:
-        shapes = [
-            (64, 128, 64, 4, 4),
-            (64, 128, 64, 4, 3),
-            (64, 256, 64, 8, 4),
-            (64, 128, 128, 8, 3),
-            (32, 128, 128, 4, 3),
-            (32, 128, 64, 4, 4),
-            (32, 256, 64, 8, 4),
-            (128, 128, 64, 8, 3),
-        ]
-    return {_label(shape): _row(shape, 0) for shape in shapes}
+        return {_label(shape): _row(shape, 0) for shape in shapes}
+    shapes = [
+        (64, 128, 64, 4, 3),
+        (64, 128, 64, 4, 4),
+        (64, 128, 64, 4, 3, 168),
+        (64, 256, 64, 8, 3),
+        (32, 128, 64, 4, 4),
+        (32, 256, 64, 4, 3),
+        (32, 128, 128, 4, 3),
+        (16, 128, 128, 4, 3),
+    ]
+    rows = {f"{_label(shape)} halves": _row(shape, 0, halves=True) for shape in shapes}
+    rows[_label(shapes[4])] = _row(shapes[4], 0)
+    return rows
 
 
 def _label(shape: tuple[int, ...]) -> str:
     return "/".join(map(str, shape))
 
 
-def _row(shape: tuple[int, ...], most_pairs: int) -> Row:
+def _row(shape: tuple[int, ...], most_pairs: int, halves: bool = False) -> Row:
     product = Product(*shape[1:])
-    return Row(shape[0], most_pairs, product, product)
+    return Row(shape[0], most_pairs, product, product, halves=halves)
 
 
 def main() -> None:

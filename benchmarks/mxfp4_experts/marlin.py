@@ -17,7 +17,7 @@ from benchmarks.mxfp4_experts.inputs import EXPERTS, HIDDEN, LIMIT, TOP_K, Batch
 
 LIBRARY = "_moe_C.abi3.so"
 # vLLM's number for E2M1 (`scalar_types.float4_e2m1f.id`).
-_E2M1 = 562949953387106
+_E2M1 = 562949953487106
 
 
 def load(path: Path | None) -> bool:

@@ -27,11 +27,8 @@ SHAPES += [(4096, 128), (4096, 256), (4096, 1152), (4096, 2176)]
 def tilings(lowering: str) -> list[PrefillConfig]:
     """What ``--try`` times."""
     gluon = [
-        PrefillConfig(64, 16, True, 8, 4, parts=2),
-        PrefillConfig(64, 16, True, 8, 5, parts=2),
-        PrefillConfig(32, 16, True, 4, 3, parts=2),
-        PrefillConfig(32, 16, True, 8, 4, parts=2),
-        PrefillConfig(16, 16, True, 8, 4, parts=4),
+        PrefillConfig(32, 16, True, 4, 2, parts=2),
+        PrefillConfig(32, 16, True, 4, 2, parts=4),
     ]
     small = [
         PrefillConfig(64, 16, True, 8, 3),

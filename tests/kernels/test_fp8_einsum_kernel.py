@@ -11,7 +11,7 @@ from einsum_checks import check
 from test_fp8_einsum import BLOCK, E4M3, draw
 
 from vllm_sm12x.ops.fp8_einsum import fp8_einsum_bhr_hdr
-from vllm_sm12x.ops.fp8_einsum.config import CHUNK, TABLE, TOKENS, einsum_config
+from vllm_sm12x.ops.fp8_einsum.config import CHUNK, TABLE, TOKENS, EinsumConfig, einsum_config
 
 
 def test_every_target_has_every_class_of_tokens():
@@ -40,6 +40,12 @@ def test_the_class_of_a_number_of_tokens(tokens, name):
 def test_a_target_without_a_table_is_an_error():
     with pytest.raises(ValueError, match="target: 'sm_80', allowed: sm_120, sm_121, sm_90"):
         einsum_config("sm_80", 1)
+
+
+@pytest.mark.parametrize(("weights_first", "warps"), [(False, 4), (True, 8)])
+def test_parts_that_the_kernel_cannot_make_are_an_error(weights_first, warps):
+    with pytest.raises(ValueError, match="with parts, allowed: weights_first and at most a warp"):
+        EinsumConfig(8, 32, weights_first, warps, num_stages=3, parts=4)
 
 
 def test_an_unknown_implementation_is_an_error():

@@ -309,7 +309,7 @@ CASES = {
     einsum_of_one_group: {"einsum_kernel"},
     prefill_logits: {"logits_kernel"},
     decode_logits: {"paged_logits_kernel"},
-    hyper_connections: {"mix_kernel", "finish_kernel", "post_kernel"},
+    hyper_connections: {"halve_kernel", "mix_kernel", "finish_kernel", "post_kernel"},
     experts: {"product_kernel", "weighted_sum_kernel", "local_experts_kernel"},
     half_of_the_experts: {"product_kernel", "weighted_sum_kernel", "local_experts_kernel"},
     decode: {"split_kernel", "_combine_kernel"},
@@ -361,7 +361,7 @@ def without(number: int):
     [
         (einsum, einsum_warm_up, 1, "einsum_kernel: constexpr .*'BLOCK_T': 16"),
         (hyper_connections, mhc_warm_up, 0, "mix_kernel: constexpr .*'BLOCK_T': 16"),
-        (hyper_connections, mhc_warm_up, 3, "finish_kernel: constexpr .*'MIX_T': 16"),
+        (hyper_connections, mhc_warm_up, 3, "finish_kernel: constexpr .*'MIX_T': 32"),
         (experts, experts_warm_up, 0, "product_kernel: constexpr .*'MOST_PAIRS': 256"),
         (experts, experts_warm_up, 2, "product_kernel: constexpr .*'BLOCK_M': 32"),
         (decode_c4a, sparse_mla_warm_up, -1, "split_kernel: constexpr .*'ONE_SPLIT': True"),

@@ -35,6 +35,7 @@ CAPABILITY = (12, 0)
 OURS = {
     "compress_kernel",
     "einsum_kernel",
+    "halve_kernel",
     "mix_kernel",
     "finish_kernel",
     "post_kernel",
@@ -82,7 +83,7 @@ KERNELS_OF = {
     "mqa_logits": {"logits_kernel"},
     "paged_mqa_logits": {"paged_logits_kernel"},
     "fp8_einsum": {"einsum_kernel"},
-    "mhc": {"mix_kernel", "finish_kernel", "post_kernel"},
+    "mhc": {"halve_kernel", "mix_kernel", "finish_kernel", "post_kernel"},
     "mxfp4_experts": {"product_kernel", "weighted_sum_kernel", "local_experts_kernel"},
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import marlin
 import pytest
 import torch
@@ -11,6 +14,9 @@ from native_kernels import EmulatedStream
 from test_mxfp4_experts import definition, draw
 
 from vllm_sm12x.ops.mxfp4_experts import mxfp4_experts
+
+sys.path.insert(0, str(Path(__file__).parents[3]))  # benchmarks
+from benchmarks.mxfp4_experts import marlin as benchmarked
 
 # A number of tokens for which vLLM lets so many pairs stand together, of as many experts as slots.
 TOKENS = {8: 5, 16: 13, 32: 27, 48: 42, 64: 61}
@@ -57,3 +63,9 @@ def test_each_of_marlins_kernels(block, tile):
     ran = {launched.kernel for launched in stream.launched if "repack" not in launched.kernel}
     assert len(ran) == 1
     assert f"ELi{threads}ELi{rows}ELi{width}ELi{depth}ELb{int(block == 8)}E" in ran.pop()
+
+
+def test_the_benchmarks_number_of_e2m1_is_vllms():
+    from vllm.scalar_type import scalar_types
+
+    assert scalar_types.float4_e2m1f.id == benchmarked._E2M1

@@ -154,6 +154,21 @@ def test_post(num_tokens, hidden, squeezed):
     check_post(expected, launch.mhc_post(**given, config=PostConfig(16, 1)))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 17, 65, 513])
+def test_a_stream_does_not_depend_on_the_kernel_that_makes_it(num_tokens):
+    """Two products that cancel show which one is rounded before they are added."""
+    given = fused_arguments(num_tokens, 32)
+    given["x"].fill_(1 + 2.0**-7)
+    given["residual"].fill_(-1 - 2.0**-7)
+    given["post_layer_mix"].fill_(1 + 2.0**-23)
+    given["comb_res_mix"].zero_()[:, 0] = 1.0
+    new = mhc.mhc_fused_post_pre(**given, **TRITON)[0]
+    # The first one is: it loses what is below 2**-23.
+    assert new.eq(2.0**-23).all()
+    names = ("x", "residual", "post_layer_mix", "comb_res_mix")
+    assert torch.equal(new, mhc.mhc_post(**{name: given[name] for name in names}, **TRITON))
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
 @pytest.mark.parametrize("hidden", [40, 64])
 @pytest.mark.parametrize("normed", [False, True])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import mxfp4_unpack
 import pytest
 import torch
-from mxfp4_float8 import float8_definition, relative_error
+from mxfp4_float8 import check_stages, float8_definition, relative_error
 from test_mxfp4_experts import GATE, UP, compare, definition, draw, nan_like, sparse_experts
 from tolerance import assert_unbiased
 
@@ -22,7 +23,8 @@ FLOAT8_ROWS = sorted({row for rows in FLOAT8_TABLE.values() for row in rows.valu
 # Small, so that the emulator is quick: tiles found inside the products, and sorted before.
 FEW = Row(16, 32, Product(128, 64, 4, 2), Product(64, 128, 4, 2), dependent=True, lines=2)
 SORTED = Row(16, 0, Product(64, 128, 4, 2), Product(64, 64, 4, 2))
-FORMS = pytest.mark.parametrize("row", [FEW, SORTED], ids=["few", "sorted"])
+HALVES = replace(SORTED, halves=True)
+FORMS = pytest.mark.parametrize("row", [FEW, SORTED, HALVES], ids=["few", "sorted", "halves"])
 
 triton = functools.partial(mxfp4_experts, implementation="triton")
 
@@ -339,6 +341,10 @@ def test_float8_of_many_pairs():
     run(arguments, activations="float8")
     expected, _ = float8_definition(arguments)
     assert relative_error(arguments[7], expected) < 0.01
+
+
+def test_each_stage_with_float8(monkeypatch):
+    check_stages(monkeypatch, draw(90, 4, 128, 128, top_k=3, seed=5), limit=2.0)
 
 
 def test_nan_and_infinities_show_with_float8():

@@ -30,6 +30,8 @@ def _case(name: str, config: EinsumConfig, scale: str) -> CompileCase:
         "BLOCK_T": config.block_t,
         "BLOCK_N": config.block_n,
         "WEIGHTS_FIRST": config.weights_first,
+        "PARTS": config.parts,
+        "DEPENDENT": config.dependent,
     }
     return case_of_row(
         f"tokens={name} scale={scale}",

@@ -19,9 +19,14 @@ class EinsumConfig:
         weights_first: The product is made as ``[outputs, tokens]``. A matrix instruction has 16 or
             64 rows and as few as 8 columns: with few tokens they are the columns.
         num_warps: Warps a block.
-        num_stages: Tiles of 128 inputs that are being copied or worked on; one fewer is held in
-            shared memory where the matrix instruction reads registers (SM12x).
+        num_stages: Steps of ``parts * 128`` inputs that are being copied or worked on; one fewer is
+            held in shared memory where the matrix instruction reads registers (SM12x).
         maxnreg: Bound on the registers a thread; None for no bound.
+        parts: Blocks of 128 inputs a step, a power of two. With 1 all warps work on one block. With
+            more, each warp has blocks and a sum of its own, and the sums are added at the end; it
+            takes ``weights_first``, and no more warps than parts.
+        dependent: Launch programmatically dependent: a block asks for its first weights while the
+            kernel ahead of it ends.
     """
 
     block_t: int
@@ -30,17 +35,29 @@ class EinsumConfig:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    parts: int = 1
+    dependent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parts > 1 and not (self.weights_first and self.num_warps <= self.parts):
+            raise ValueError(
+                f"{self}: with parts, allowed: weights_first and at most a warp a part"
+            )
 
 
 # Upper ends of the classes of tokens, inclusive; "chunk" takes every larger number.
 TOKENS = {"8": 8, "16": 16, "32": 32, "64": 64, "256": 256}
 CHUNK = "chunk"
 
+_FEW = {
+    # Bound by memory. A warp a part, and two steps of 512 or 1,024 inputs in flight.
+    "8": EinsumConfig(8, 32, True, num_warps=8, num_stages=3, parts=8, dependent=True),
+    "16": EinsumConfig(16, 32, True, num_warps=4, num_stages=3, parts=4, dependent=True),
+    "32": EinsumConfig(32, 32, True, num_warps=4, num_stages=3, parts=4, dependent=True),
+}
+
 _SM12X = {
-    # 8 KiB or less of weights a tile, many of them in flight: bound by memory.
-    "8": EinsumConfig(8, 32, weights_first=True, num_warps=2, num_stages=6),
-    "16": EinsumConfig(16, 32, weights_first=True, num_warps=2, num_stages=6),
-    "32": EinsumConfig(32, 32, weights_first=True, num_warps=2, num_stages=5),
+    **_FEW,
     "64": EinsumConfig(64, 64, weights_first=True, num_warps=4, num_stages=4),
     "256": EinsumConfig(64, 64, weights_first=True, num_warps=4, num_stages=4),
     # Two blocks a multiprocessor, so that one scales while the other multiplies.
@@ -48,13 +65,12 @@ _SM12X = {
 }
 
 _HOPPER = {
-    # A warp-group instruction takes 64 rows of weights, and Triton gives it 16 columns or more.
-    "8": EinsumConfig(16, 64, weights_first=True, num_warps=4, num_stages=6),
-    "16": EinsumConfig(16, 64, weights_first=True, num_warps=4, num_stages=6),
-    "32": EinsumConfig(32, 64, weights_first=True, num_warps=4, num_stages=6),
+    # Not by warp groups: their instruction takes no batch.
+    **_FEW,
     "64": EinsumConfig(64, 64, weights_first=True, num_warps=4, num_stages=5),
     "256": EinsumConfig(64, 128, weights_first=False, num_warps=4, num_stages=4),
-    CHUNK: EinsumConfig(64, 128, weights_first=False, num_warps=4, num_stages=4),
+    # Three blocks a multiprocessor.
+    CHUNK: EinsumConfig(64, 128, weights_first=False, num_warps=4, num_stages=3, maxnreg=168),
 }
 
 # Target (as `vllm_sm12x.lowering.target_key` names it) -> class of tokens -> configuration.

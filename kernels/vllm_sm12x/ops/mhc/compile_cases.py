@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vllm_sm12x.ops.mhc.config import FINISH_TABLE, MIX_TABLE, POST_TABLE
-from vllm_sm12x.ops.mhc.kernel import finish_kernel, mix_kernel, post_kernel
+from vllm_sm12x.ops.mhc.kernel import finish_kernel, halve_kernel, mix_kernel, post_kernel
+from vllm_sm12x.ops.mhc.launch import HALVE_BLOCK, HALVE_WARPS
 from vllm_sm12x.proof.case import CompileCase, case_of_row, sm12x_rows
 
 TABLES = (MIX_TABLE, FINISH_TABLE, POST_TABLE)
@@ -25,7 +26,7 @@ _POINTERS = {
 }
 _FLOATS = ("rms_eps", "gate_eps", "sinkhorn_eps", "post_value", "norm_eps")
 _TYPES = _POINTERS | dict.fromkeys(_FLOATS, "fp32")
-# The squares stand behind the products: no multiple of 16 bytes.
+# The squares stand before the products: no multiple of 16 bytes.
 _DIVISIBLE_BY_16 = tuple(name for name in _POINTERS if name != "squares")
 
 # DeepSeek V4 Flash's.
@@ -52,11 +53,14 @@ def cases() -> list[CompileCase]:
     ]
     (post,) = {row for target, row in POST_TABLE.items() if target != "sm_90"}
     flags = {"HIDDEN": _HIDDEN, "BLOCK_H": post.block_h, "OVERLAP": True}
-    return [*mix, *finish, _case("post", post_kernel, flags, (), (), post)]
+    halve = [_halve_case("halve", _MIXES, 32), _halve_case("halve head", _HEAD, 8)]
+    return [*mix, *halve, *finish, _case("post", post_kernel, flags, (), (), post)]
 
 
 def _mix_case(label, row, outputs, width, has_post, streams) -> CompileCase:
     absent = () if has_post else ("x", "post", "comb", "streams")
+    halved = row.halved and streams == _STREAMS
+    one_step = streams == _STREAMS and not halved and row.splits * row.block_h == _HIDDEN
     flags = {
         "HIDDEN": _HIDDEN * _STREAMS // streams,
         "STREAMS": streams,
@@ -66,10 +70,13 @@ def _mix_case(label, row, outputs, width, has_post, streams) -> CompileCase:
         "BLOCK_H": row.block_h,
         "HAS_POST": has_post,
         "EVEN": True,
+        "ONE_STEP": one_step,
+        "HALVED": halved,
         "OVERLAP": True,
     }
+    types = {"fn": "*bf16"} if halved else {}
     instructions = ("HMMA.16816.F32.BF16",)
-    return _case(label, mix_kernel, flags, absent, instructions, row)
+    return _case(label, mix_kernel, flags, absent, instructions, row, types)
 
 
 def _finish_case(name, row, splits, step, normed) -> CompileCase:
@@ -81,7 +88,7 @@ def _finish_case(name, row, splits, step, normed) -> CompileCase:
         "HIDDEN": _HIDDEN,
         "BLOCK_H": _HIDDEN,
         "OUTPUTS": outputs,
-        "BLOCK_OUT": width,
+        "WIDTH": width,
         "SPLIT_SLOTS": splits,
         "MIX_T": row.mix_t,
         "HAS_MIXES": has_mixes,
@@ -91,11 +98,30 @@ def _finish_case(name, row, splits, step, normed) -> CompileCase:
     return _case(label, finish_kernel, flags, absent, (), row)
 
 
-def _case(label, kernel, flags, absent, instructions, row) -> CompileCase:
+def _halve_case(label, outputs, width) -> CompileCase:
+    flags = {
+        "COLUMNS": _STREAMS * _HIDDEN,
+        "OUTPUTS": outputs,
+        "BLOCK_OUT": width,
+        "BLOCK_H": HALVE_BLOCK,
+        "OVERLAP": True,
+    }
+    return CompileCase(
+        label=label,
+        kernel=halve_kernel,
+        signature={"fn": "*fp32", "halves": "*bf16"},
+        constexprs=flags,
+        num_warps=HALVE_WARPS,
+        num_stages=1,
+        divisible_by_16=("fn", "halves"),
+    )
+
+
+def _case(label, kernel, flags, absent, instructions, row, types=None) -> CompileCase:
     return case_of_row(
         label,
         kernel,
-        _TYPES,
+        _TYPES | (types or {}),
         {**flags, **dict.fromkeys(absent)},
         row,
         instructions=instructions,

@@ -19,6 +19,7 @@ class MixConfig:
             has fewer steps.
         num_warps: Warps a block.
         num_stages: Of the pipeline of loads.
+        halved: A kernel before this one makes bfloat16 numbers of the mapping, once a call.
     """
 
     block_t: int
@@ -26,6 +27,7 @@ class MixConfig:
     splits: int
     num_warps: int
     num_stages: int
+    halved: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,18 @@ TARGETS = ("sm_120", "sm_121", "sm_90")
 
 _MIX = {
     # One step a program: what counts is how soon the bytes are there.
-    "16": MixConfig(16, 32, 128, num_warps=2, num_stages=1),
-    "64": MixConfig(32, 32, 64, num_warps=4, num_stages=2),
-    "512": MixConfig(64, 32, 32, num_warps=8, num_stages=3),
-    CHUNK: MixConfig(64, 32, 8, num_warps=8, num_stages=3),
+    "16": MixConfig(16, 32, 128, num_warps=4, num_stages=1),
+    "64": MixConfig(32, 32, 128, num_warps=4, num_stages=1),
+    # 16 tokens a warp: the compiler gives all warps to the tokens, and more would do work twice.
+    "512": MixConfig(64, 32, 32, num_warps=4, num_stages=3, halved=True),
+    CHUNK: MixConfig(64, 32, 8, num_warps=4, num_stages=3, halved=True),
 }
+# Every warp of a program that makes mixes goes through the whole iteration: 4 are one a scheduler.
 _FINISH = {
-    "16": FinishConfig(mix_t=1, num_warps=8),
-    "64": FinishConfig(mix_t=1, num_warps=8),
-    "512": FinishConfig(mix_t=4, num_warps=8),
-    CHUNK: FinishConfig(mix_t=16, num_warps=8),
+    "16": FinishConfig(mix_t=1, num_warps=4),
+    "64": FinishConfig(mix_t=1, num_warps=4),
+    "512": FinishConfig(mix_t=8, num_warps=4),
+    CHUNK: FinishConfig(mix_t=32, num_warps=4),
 }
 
 # Target (as `vllm_sm12x.lowering.target_key` names it) -> class of tokens -> configuration.

@@ -11,13 +11,23 @@ import triton
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.mhc.config import POST_TABLE, FinishConfig, MixConfig, PostConfig, configs
-from vllm_sm12x.ops.mhc.kernel import finish_kernel, mix_kernel, post_kernel
+from vllm_sm12x.ops.mhc.kernel import (
+    PRODUCTS,
+    SQUARES,
+    finish_kernel,
+    halve_kernel,
+    mix_kernel,
+    post_kernel,
+)
 
 # Streams that the kernels are written for.
 STREAMS = 4
 
 # Programmatic dependent launch begins with this capability.
 _OVERLAP_FROM = (9, 0)
+
+# Columns a program of the kernel that halves the mapping, and its warps.
+HALVE_BLOCK, HALVE_WARPS = 128, 4
 
 Options = dict[str, object]
 Configs = tuple[MixConfig, FinishConfig]
@@ -196,7 +206,7 @@ def hc_prenorm_gemm(
     products = out if fits else out.new_empty(n_splits, tokens, block_out)
     # The part of each program is here the caller's.
     columns = x.size(1) // n_splits
-    mix_kernel[(triton.cdiv(tokens, config.block_t), n_splits)](
+    mix_kernel[(n_splits, triton.cdiv(tokens, config.block_t))](
         None,
         x.contiguous(),
         None,
@@ -218,6 +228,8 @@ def hc_prenorm_gemm(
         BLOCK_H=config.block_h,
         HAS_POST=False,
         EVEN=columns % config.block_h == 0,
+        ONE_STEP=False,
+        HALVED=False,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **options,
@@ -251,10 +263,10 @@ def _mix(
     options: Options,
     put_back: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Parts of the products and squares: float32 ``[T, splits, columns of the products' tile]``."""
+    """Parts of the squares and products: float32 ``[T, splits, width]``, as the kernel has them."""
     tokens, _, hidden = residual.shape
     outputs = fn.size(0)
-    width = triton.next_power_of_2(outputs + 1)
+    width = triton.next_power_of_2(PRODUCTS + outputs)
     splits = max(1, min(config.splits, hidden // config.block_h))
     columns = triton.cdiv(hidden, splits * config.block_h) * config.block_h
     splits = triton.cdiv(hidden, columns)
@@ -262,17 +274,23 @@ def _mix(
     if tokens == 0:
         return parts
     x, post, comb, streams = put_back or (None,) * 4
-    mix_kernel[(triton.cdiv(tokens, config.block_t), splits)](
+    even = hidden % columns == 0
+    block_out = max(8, triton.next_power_of_2(outputs))
+    fn = fn.contiguous()
+    halved = config.halved and even
+    if halved:
+        fn = _halve(fn, block_out, options)
+    mix_kernel[(splits, triton.cdiv(tokens, config.block_t))](
         x,
         residual,
         post,
         comb,
-        fn.contiguous(),
+        fn,
         streams,
-        parts,
+        parts[:, :, PRODUCTS:],
         parts.stride(1),
         parts.stride(0),
-        parts[:, :, outputs:],
+        parts[:, :, SQUARES:],
         parts.stride(1),
         parts.stride(0),
         tokens,
@@ -280,16 +298,36 @@ def _mix(
         HIDDEN=hidden,
         STREAMS=STREAMS,
         OUTPUTS=outputs,
-        BLOCK_OUT=width,
+        BLOCK_OUT=block_out,
         BLOCK_T=config.block_t,
         BLOCK_H=config.block_h,
         HAS_POST=put_back is not None,
-        EVEN=hidden % columns == 0,
+        EVEN=even,
+        ONE_STEP=even and not halved and columns == config.block_h,
+        HALVED=halved,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **options,
     )
     return parts
+
+
+def _halve(fn: torch.Tensor, block_out: int, options: Options) -> torch.Tensor:
+    """The mapping as a sum of two in bfloat16: ``[2, block_out, columns]``."""
+    outputs, columns = fn.shape
+    halves = torch.empty(2, block_out, columns, dtype=torch.bfloat16, device=fn.device)
+    halve_kernel[(triton.cdiv(columns, HALVE_BLOCK),)](
+        fn,
+        halves,
+        COLUMNS=columns,
+        OUTPUTS=outputs,
+        BLOCK_OUT=block_out,
+        BLOCK_H=HALVE_BLOCK,
+        num_warps=HALVE_WARPS,
+        num_stages=1,
+        **options,
+    )
+    return halves
 
 
 def _finish(
@@ -339,7 +377,7 @@ def _finish(
         HIDDEN=hidden,
         BLOCK_H=triton.next_power_of_2(hidden),
         OUTPUTS=base.size(0),
-        BLOCK_OUT=width,
+        WIDTH=width,
         SPLIT_SLOTS=triton.next_power_of_2(splits),
         MIX_T=config.mix_t,
         HAS_MIXES=bool(rounds),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_sm12x.ops.mxfp4_experts.bfloat16 import halve_kernel
 from vllm_sm12x.ops.mxfp4_experts.config import FLOAT8_TABLE, SUM, TABLE, Product, Row, Sum
 from vllm_sm12x.ops.mxfp4_experts.float8 import quantize_kernel
 from vllm_sm12x.ops.mxfp4_experts.kernel import (
@@ -62,6 +63,7 @@ def cases() -> list[CompileCase]:
         ),
         _local(),
         *(_quantize(columns) for columns in (_HIDDEN, *_INTERMEDIATE)),
+        _halve(_HIDDEN),
     ]
 
 
@@ -78,7 +80,7 @@ def _product(
     """With ``everything`` comes an expert map, or the router's weight on the input."""
     how: Product = row.first if gated else row.second
     signature = {
-        "x_ptr": "*fp8e4nv" if float8 else "*i32",
+        "x_ptr": "*fp8e4nv" if float8 else "*bf16" if row.halves else "*i32",
         "x_stride": "i32",
         "x_scale_ptr": "*fp32",
         "weight_ptr": "*u8",
@@ -123,6 +125,7 @@ def _product(
             "GATED": gated,
             "MOST_PAIRS": row.most_pairs,
             "BLOCK_M": row.block_m,
+            "HALVES": row.halves and not float8,
             "BLOCK_N": how.block_n,
             "BLOCK_K": how.block_k,
             "SCALE_WORDS": words,
@@ -132,6 +135,7 @@ def _product(
         },
         num_warps=how.num_warps,
         num_stages=how.num_stages,
+        maxnreg=how.maxnreg,
         instructions=("QMMA.16832.F32.E4M3.E4M3" if float8 else "HMMA.16816.F32.BF16",),
         divisible_by_16=tuple(
             name
@@ -200,6 +204,19 @@ def _quantize(columns: int) -> CompileCase:
     return CompileCase(
         label=f"quantize {columns}",
         kernel=quantize_kernel,
+        signature=signature,
+        constexprs={"COLUMNS": columns, "BLOCK": columns},
+        num_warps=QUANTIZE_WARPS,
+        num_stages=3,
+        divisible_by_16=tuple(signature),
+    )
+
+
+def _halve(columns: int) -> CompileCase:
+    signature = {"x_ptr": "*bf16", "x_stride": "i32", "out_ptr": "*bf16"}
+    return CompileCase(
+        label=f"halve {columns}",
+        kernel=halve_kernel,
         signature=signature,
         constexprs={"COLUMNS": columns, "BLOCK": columns},
         num_warps=QUANTIZE_WARPS,

@@ -19,12 +19,14 @@ class Product:
         block_k: Columns a step, a multiple of 32.
         num_warps: Warps a block.
         num_stages: Stages of the software pipeline.
+        maxnreg: Most registers a thread, or None.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Row:
             before it ends, and waits for that end itself.
         lines: How many lines of 128 bytes of each weight row the second product asks for before
             it waits: 0 or a power of two.
+        halves: bfloat16 activations come to the products in halves, the values of even index before
+            those of odd index. That takes a kernel more.
     """
 
     block_m: int
@@ -49,6 +53,7 @@ class Row:
     second: Product
     dependent: bool = False
     lines: int = 0
+    halves: bool = False
 
 
 @dataclass(frozen=True)

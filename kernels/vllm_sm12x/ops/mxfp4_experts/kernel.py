@@ -96,6 +96,16 @@ def _prefetch(at):
     )
 
 
+@triton.jit
+def _store_columns(out_at, column, values, live, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+    """``values [columns, rows]`` where the rows are live and the columns below ``COLUMNS``."""
+    inside = live[None, :]
+    if not WHOLE:
+        inside = inside & (column < COLUMNS)[:, None]
+        column = tl.where(column < COLUMNS, column, 0)
+    tl.store(out_at + column[:, None], values, mask=inside)
+
+
 @triton.jit(do_not_specialize=_VARIABLE)
 def product_kernel(
     x_ptr,
@@ -124,6 +134,7 @@ def product_kernel(
     GATED: tl.constexpr,
     MOST_PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
@@ -138,13 +149,15 @@ def product_kernel(
 
     Args:
         x_ptr: int32, two bfloat16 each: ``[tokens, COLUMNS / 2]`` where ``GATED``, else
-            ``[pairs, COLUMNS / 2]``. With ``x_scale_ptr`` e4m3 ``[tokens or pairs, COLUMNS]`` as
+            ``[pairs, COLUMNS / 2]``. Or bfloat16 in halves, as ``halve_kernel`` in ``bfloat16``
+            writes it. With ``x_scale_ptr`` e4m3 ``[tokens or pairs, COLUMNS]`` as
             :func:`vllm_sm12x.ops.mxfp4_experts.float8.quantize_kernel` writes it.
         x_scale_ptr: float32 ``[tokens or pairs]``, or None for bfloat16 activations.
         weight_ptr: uint8 ``[experts, 2 * ROWS if GATED else ROWS, COLUMNS / 2]``.
         scale_ptr: uint8 ``[experts, as weight_ptr, COLUMNS / 32]``; where ``SCALE_WORDS`` int32,
             four scales each.
-        out_ptr: ``[pairs, ROWS]``. Where ``GATED`` bfloat16, ``silu(gate) * up``, else float32.
+        out_ptr: ``[pairs, ROWS]``. Where ``GATED`` bfloat16, ``silu(gate) * up``, with ``HALVES``
+            in halves, else float32.
         router_weight_ptr: float32 ``[pairs]``, a factor of the gate and up, or None.
         limit: float32 that cuts the gate and up, or None.
         ids_ptr, map_ptr: As for :func:`local_experts_kernel`. Used where ``MOST_PAIRS`` is not 0.
@@ -153,6 +166,7 @@ def product_kernel(
         MOST_PAIRS: Power of two of at least ``pairs``: program ``pair`` finds its own tile. 0: the
             routing says which pairs a tile has.
         BLOCK_M: Pairs a tile.
+        HALVES: The first product's result is for a second that takes it in halves.
         BLOCK_N: Weight rows a program, where ``GATED`` half of them of the gate.
         BLOCK_K: Columns a step; 128 for e4m3 activations.
         SCALE_WORDS: Scales are read four at a time, which the pipeline can do ahead however few
@@ -193,11 +207,10 @@ def product_kernel(
         output = block * (BLOCK_N // 2) + (row // (2 * _TURN)) * _TURN + row % _TURN
         output = tl.where(WHOLE | (output < ROWS), output, 0)
         weight_row = output + tl.where(row // _TURN % 2 == 0, 0, ROWS)
-        x_row = rows // TOP_K
     else:
         output = block * BLOCK_N + row
         weight_row = tl.where(WHOLE | (output < ROWS), output, 0)
-        x_row = rows
+    x_row = rows // TOP_K if GATED else rows
     x_at = x_ptr + x_row[:, None] * x_stride
     weight_at = weight_ptr + expert * weight_expert_stride + weight_row[:, None] * weight_row_stride
     scale_at = scale_ptr + expert * scale_expert_stride + weight_row[:, None] * scale_row_stride
@@ -220,35 +233,38 @@ def product_kernel(
         )
     else:
         tl.static_assert(SCALE_WORDS and BLOCK_K == 128 and COLUMNS % BLOCK_K == 0)
-        x_scale_at = x_scale_ptr + x_row
         scale_at = scale_ptr + expert * scale_expert_stride + weight_row * scale_row_stride
+        x_scale_at = x_scale_ptr + x_row
         acc = float8.tile_sums(
             x_at, live, x_scale_at, weight_at, scale_at, COLUMNS, SCALE_SLOTS, BLOCK_M, BLOCK_N
         )
 
     out_at = out_ptr + rows[None, :] * ROWS
-    if GATED:
-        turns = tl.reshape(acc, [BLOCK_N // (2 * _TURN), 2, _TURN, BLOCK_M])
-        gate, up = tl.split(tl.permute(turns, [0, 2, 3, 1]))
-        if router_weight_ptr is not None:
-            router_weight = tl.load(router_weight_ptr + rows, mask=live, other=0.0)
-            gate *= router_weight[None, None, :]
-            up *= router_weight[None, None, :]
-        if limit is not None:
-            # NaN compares false and stays.
-            gate = tl.where(gate > limit, limit, gate)
-            up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        activation = tl.reshape(gate * tl.sigmoid(gate) * up, [BLOCK_N // 2, BLOCK_M])
-        output = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        result = activation.to(tl.bfloat16)
+    if not GATED:
+        column = block * BLOCK_N + row
+        _store_columns(out_at, column, acc, live, ROWS, WHOLE)
+        return
+    turns = tl.reshape(acc, [BLOCK_N // (2 * _TURN), 2, _TURN, BLOCK_M])
+    gate, up = tl.split(tl.permute(turns, [0, 2, 3, 1]))
+    if router_weight_ptr is not None:
+        router_weight = tl.load(router_weight_ptr + rows, mask=live, other=0.0)
+        gate *= router_weight[None, None, :]
+        up *= router_weight[None, None, :]
+    if limit is not None:
+        # NaN compares false and stays.
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    activation = (gate * tl.sigmoid(gate) * up).to(tl.bfloat16)
+    if HALVES:
+        pairs_of_columns = tl.reshape(activation, [BLOCK_N // 4, 2, BLOCK_M])
+        even, odd = tl.split(tl.permute(pairs_of_columns, [0, 2, 1]))
+        column = block * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        _store_columns(out_at, column, even, live, ROWS // 2, WHOLE)
+        _store_columns(out_at + ROWS // 2, column, odd, live, ROWS // 2, WHOLE)
     else:
-        output = block * BLOCK_N + row
-        result = acc
-    inside = live[None, :]
-    if not WHOLE:
-        inside = inside & (output < ROWS)[:, None]
-        output = tl.where(output < ROWS, output, 0)
-    tl.store(out_at + output[:, None], result, mask=inside)
+        column = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        activation = tl.reshape(activation, [BLOCK_N // 2, BLOCK_M])
+        _store_columns(out_at, column, activation, live, ROWS, WHOLE)
 
 
 @triton.jit(do_not_specialize=_VARIABLE_IN_SUM)

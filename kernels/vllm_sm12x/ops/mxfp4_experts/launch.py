@@ -10,6 +10,7 @@ import triton
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.mxfp4_experts import config
+from vllm_sm12x.ops.mxfp4_experts.bfloat16 import halve_kernel
 from vllm_sm12x.ops.mxfp4_experts.config import Product, Row
 from vllm_sm12x.ops.mxfp4_experts.float8 import quantize_kernel
 from vllm_sm12x.ops.mxfp4_experts.kernel import (
@@ -196,9 +197,12 @@ def _chunk(
     activation = torch.empty((pairs, intermediate_size), dtype=torch.bfloat16, device=device)
     result = torch.empty((pairs, hidden_size), dtype=torch.float32, device=device)
     router_weight = topk_weights if on_input else None
-    x = _operand(hidden_states, float8, of)
+    # The result comes after the first product, in whose time its memory has the halves.
+    x = _operand(hidden_states, float8, of, result)
     _product(x, w13, activation, row.first, of, True, router_weight, limit)
-    _product(_operand(activation, float8, of), w2, result, row.second, of, False)
+    halved = row.halves and not float8
+    second = (activation, None) if halved else _operand(activation, float8, of)
+    _product(second, w2, result, row.second, of, False)
     total = config.SUM[target]
     weighted_sum_kernel[(num_tokens * triton.cdiv(hidden_size, total.block),)](
         result,
@@ -237,11 +241,29 @@ def _sorted(of: _Pairs, align: Align) -> _Pairs:
     return replace(of, ids=local, expert_map=None, routing=routing)
 
 
-def _operand(x: torch.Tensor, float8: bool, of: _Pairs) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Activations as a product takes them, and their scales where they are e4m3."""
+def _operand(
+    x: torch.Tensor, float8: bool, of: _Pairs, memory: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activations as a product takes them, and their scales where they are e4m3.
+
+    Args:
+        memory: For halves; at least as many bytes as ``x``.
+    """
+    rows, columns = x.shape
+    if memory is not None and of.row.halves and not float8:
+        halves = memory.view(x.dtype).flatten()[: rows * columns].view(rows, columns)
+        halve_kernel[(rows,)](
+            x,
+            x.stride(0),
+            halves,
+            COLUMNS=columns,
+            BLOCK=triton.next_power_of_2(columns),
+            num_warps=QUANTIZE_WARPS,
+            **of.options,
+        )
+        return halves, None
     if not float8:
         return x.view(torch.int32), None
-    rows, columns = x.shape
     values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     quantize_kernel[(rows,)](
@@ -305,6 +327,7 @@ def _product(
         GATED=gated,
         MOST_PAIRS=of.row.most_pairs,
         BLOCK_M=of.row.block_m,
+        HALVES=gated and x.dtype == torch.bfloat16,
         BLOCK_N=how.block_n,
         BLOCK_K=how.block_k,
         SCALE_WORDS=in_words,
@@ -313,6 +336,7 @@ def _product(
         PREFETCH=0 if gated else prefetch_lines(of.row, columns),
         num_warps=how.num_warps,
         num_stages=how.num_stages,
+        maxnreg=how.maxnreg,
         **({} if gated else of.dependent_options),
         **of.options,
     )

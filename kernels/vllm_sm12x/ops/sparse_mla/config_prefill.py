@@ -42,11 +42,10 @@ _TRITON_64 = PrefillConfig(64, 16, keys_first=True, num_warps=8, num_stages=3)
 # Hopper's warp-group instruction takes 64 rows.
 _HOPPER_64 = PrefillConfig(64, 64, keys_first=False, num_warps=8, num_stages=2)
 
-# The Gluon kernel: one block a multiprocessor, queries in registers.
-_GLUON_32 = PrefillConfig(32, 16, keys_first=True, num_warps=8, num_stages=4, parts=2)
-_GLUON_64 = PrefillConfig(64, 16, keys_first=True, num_warps=8, num_stages=4, parts=2)
+# The Gluon kernel: two blocks a multiprocessor, queries in registers.
+_PAIR_32 = PrefillConfig(32, 16, keys_first=True, num_warps=4, num_stages=2, parts=4)
 
-_SM12X = {8: _TRITON_16, 16: _TRITON_16, 32: _GLUON_32, 64: _GLUON_64, 128: _GLUON_64}
+_SM12X = {8: _TRITON_16, 16: _TRITON_16, 32: _PAIR_32, 64: _PAIR_32, 128: _PAIR_32}
 
 # Target (as `vllm_sm12x.lowering.target_key` names it) -> heads -> configuration. Those of
 # the Triton kernel stand beside, to compare with.

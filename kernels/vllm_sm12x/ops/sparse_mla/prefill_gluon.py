@@ -1,12 +1,12 @@
-"""Sparse MLA prefill in Gluon, for 32 or 64 heads a program, with layouts chosen by hand.
+"""Sparse MLA prefill in Gluon, 32 heads a program, two programs a multiprocessor.
 
-Arguments and results are those of the Triton kernel in ``prefill_kernel``. What the two differ in:
-the queries stay in registers, where Triton reads them from shared memory for every tile of keys,
-and the products of one tile fill the time that the softmax of the tile before takes.
+Arguments and results are those of the Triton kernel in ``prefill_kernel``. The queries stay in
+registers. While one program waits, for a copy, a barrier or its softmax, the other multiplies: no
+round of the loop overlaps the next, so that two tiles of keys are enough and shared memory holds
+both programs.
 
 The 512 columns are cut into ``PARTS`` parts, each for an equal share of the warps. A warp's scores
-are sums over its part; they are added up through shared memory. In a round of the loop, tile i is
-multiplied by its weights, tile i + 1 by the queries, and the copies of later tiles are on the way.
+are sums over its part; they are added up through shared memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,18 @@ from vllm_sm12x.ops.sparse_mla.decode_gluon import middle
 
 _LOG2_E = gl.constexpr(math.log2(math.e))
 _LN_2 = gl.constexpr(math.log(2))
+# Parts in which the queries come, so that they fit beside the keys.
+_QUERY_STEPS = gl.constexpr(2)
+# Binary digits by which the largest score may exceed what exponents are taken from.
+_SLACK = gl.constexpr(8.0)
+
+
+@gluon.jit
+def _any_of_warp(flags, WARPS: gl.constexpr):
+    """int32 ``[WARPS]``: whether one of a warp's heads, 8 and 8 of ``[H]``, has its flag set."""
+    flags = gl.reshape(flags.to(gl.int32), [flags.shape[0] // (8 * WARPS), WARPS, 8])
+    return gl.max(gl.max(flags, 2), 0)
+
 
 # These change from call to call, or are 1 in one call and not in the next: a kernel for each of
 # their kinds would be compiled while serving. In the Triton kernel too.
@@ -98,6 +110,13 @@ def prefill_kernel(
     # Scores once they are added up: all parts of a score in one thread, eight heads a warp.
     summed: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1, WARPS], [1, 16, 8])
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+    # Where rows are shorter than the 128 bytes of all banks, several share a phase.
+    weights_swizzled: gl.constexpr = gl.SwizzledSharedLayout(
+        8, max(1, 64 // BLOCK_H), min(8, BLOCK_H // 8), [2, 1, 0]
+    )
+    scores_swizzled: gl.constexpr = gl.SwizzledSharedLayout(
+        8, max(1, 32 // BLOCK_H), min(8, BLOCK_H // 8), [2, 1, 0]
+    )
     LANES: gl.constexpr = min(32, COLUMNS // 8)
     blocked: gl.constexpr = gl.BlockedLayout(
         [1, 1, 8], [1, 32 // LANES, LANES], [1, WARPS, 1], [2, 1, 0]
@@ -114,59 +133,82 @@ def prefill_kernel(
     count = gl.minimum(gl.load(lens_ptr + token * lens_stride), width)
     indices_ptr += token * indices_stride
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, blocked)))
+    part = gl.expand_dims(gl.expand_dims(part, 1), 2)
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(0, blocked)))
-    column = gl.expand_dims(gl.expand_dims(part, 1), 2) * COLUMNS + gl.expand_dims(
-        gl.expand_dims(column, 0), 0
-    )
-
-    # The queries go through shared memory that the keys have later, and stay in registers.
-    head = first_head + gl.arange(0, BLOCK_H, layout=copied_rows)
-    in_heads = middle(head < HEADS)
-    head = middle(gl.where(head < HEADS, head, 0))
-    staged = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_H, COLUMNS], swizzled)
-    staged.store(
-        gl.load(
-            q_ptr + token * q_token_stride + head * q_head_stride + column,
-            mask=in_heads,
-            other=0.0,
-        )
-    )
-    queries = staged.permute((0, 2, 1)).load(right)
+    column = part * COLUMNS + gl.expand_dims(gl.expand_dims(column, 0), 0)
 
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, PARTS, BLOCK_N, COLUMNS], swizzled)
-    weights = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_N, BLOCK_H], swizzled)
-    scores_of_parts = gl.allocate_shared_memory(gl.float32, [PARTS, BLOCK_N, BLOCK_H], swizzled)
-    shrinks = gl.allocate_shared_memory(
-        gl.float32, [BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
     for i in gl.static_range(STAGES - 1):
         row = _load_rows(indices_ptr, i * BLOCK_N, count, rows, BLOCK_N, copied_rows)
         _start_copy(keys.index(i), kv_ptr, kv_stride, row, column)
     row = _load_rows(indices_ptr, (STAGES - 1) * BLOCK_N, count, rows, BLOCK_N, copied_rows)
     named = _load_rows(indices_ptr, 0, count, rows, BLOCK_N, summed_rows)
-    async_copy.wait_group(STAGES - 2)
-    nothing = gl.zeros([PARTS, BLOCK_N, BLOCK_H], gl.float32, layout=product)
-    scores_of_parts.store(mma_v2(keys.index(0).load(left), queries, nothing))
-    scores = gl.sum(scores_of_parts.load(summed), 0)
 
+    # The queries go through shared memory that scores and weights have later.
+    STEP: gl.constexpr = COLUMNS // _QUERY_STEPS
+    step_lanes: gl.constexpr = min(32, STEP // 8)
+    step_blocked: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 8], [1, 32 // step_lanes, step_lanes], [1, WARPS, 1], [2, 1, 0]
+    )
+    head = first_head + gl.arange(
+        0, BLOCK_H, layout=gl.SliceLayout(0, gl.SliceLayout(2, step_blocked))
+    )
+    head_inside = middle(head < HEADS)
+    head = middle(gl.where(head < HEADS, head, 0))
+    step = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, step_blocked)))
+    step = gl.expand_dims(gl.expand_dims(step, 1), 2) * COLUMNS
+    within = gl.arange(0, STEP, layout=gl.SliceLayout(0, gl.SliceLayout(0, step_blocked)))
+    q_ptr += token * q_token_stride
+    pointers = q_ptr + head * q_head_stride + (step + gl.expand_dims(gl.expand_dims(within, 0), 0))
+    first_half = gl.load(pointers, mask=head_inside, other=0.0)
+    second_half = gl.load(pointers + STEP, mask=head_inside, other=0.0)
+    staged = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_H, STEP], swizzled)
+    staged.store(first_half)
+    first_queries = staged.permute((0, 2, 1)).load(right)
+    staged.store(second_half)
+    second_queries = staged.permute((0, 2, 1)).load(right)
+
+    weights = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_N, BLOCK_H], weights_swizzled)
+    scores_of_parts = gl.allocate_shared_memory(
+        gl.float32, [PARTS, BLOCK_N, BLOCK_H], scores_swizzled
+    )
+    shrinks = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    # Warps with heads of their own.
+    HEAD_WARPS: gl.constexpr = min(WARPS, BLOCK_H // 8)
+    grown_warps = gl.allocate_shared_memory(
+        gl.int32, [HEAD_WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    every_thread: gl.constexpr = gl.BlockedLayout([HEAD_WARPS], [32], [WARPS], [0])
+    nothing = gl.zeros([PARTS, BLOCK_N, BLOCK_H], gl.float32, layout=product)
     scale = softmax_scale * _LOG2_E
     acc = gl.zeros([PARTS, BLOCK_H, COLUMNS], gl.float32, layout=product)
     largest = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=summed_heads)
     total = gl.zeros([BLOCK_H], gl.float32, layout=summed_heads)
     now = 0
-    following = 1
     free = STAGES - 1
     for start in range(0, count, BLOCK_N):
-        async_copy.wait_group(STAGES - 3)
+        async_copy.wait_group(STAGES - 2)
+        tile = keys.index(now)
+        scores = mma_v2(tile.slice(0, STEP, dim=2).load(left), first_queries, nothing)
+        scores = mma_v2(tile.slice(STEP, STEP, dim=2).load(left), second_queries, scores)
+        scores_of_parts.store(scores)
+        scores = gl.sum(scores_of_parts.load(summed), 0)
+        # Here, where the barrier of the scores has just ended every use of the memory and that of
+        # the weights is still to come, the copy needs no barrier of its own.
         _start_copy(keys.index(free), kv_ptr, kv_stride, row, column)
         ahead = start + STAGES * BLOCK_N
         row = _load_rows(indices_ptr, ahead, count, rows, BLOCK_N, copied_rows)
-        following_scores = mma_v2(keys.index(following).load(left), queries, nothing)
 
         scores = gl.where(gl.expand_dims(named >= 0, 1), scores * scale, float("-inf"))
         named = _load_rows(indices_ptr, start + BLOCK_N, count, rows, BLOCK_N, summed_rows)
+        # What the exponents are taken from follows the largest score only when that has left it far
+        # behind: until then nothing is scaled. Weights stay below 2 ** _SLACK.
         now_largest = gl.maximum(largest, gl.max(scores, 0))
-        # No key yet: exp2(-inf - 0) is 0, where exp2(-inf - -inf) would be NaN.
+        grown = now_largest > largest + _SLACK
+        now_largest = gl.where(grown, now_largest, largest)
+        # No key yet: exp2(-inf - 0) is 0 where exp2(-inf - -inf) would be NaN.
         shift = gl.where(now_largest == float("-inf"), 0.0, now_largest)
         shrink = gl.exp2(largest - shift)
         weight = gl.exp2(scores - gl.expand_dims(shift, 0))
@@ -175,14 +217,13 @@ def prefill_kernel(
         weight = gl.expand_dims(weight.to(gl.bfloat16), 0)
         weights.store(weight.broadcast_to([PARTS, BLOCK_N, BLOCK_H]))
         shrinks.store(shrink)
-        scores_of_parts.store(following_scores)
+        grown_warps.store(_any_of_warp(grown, HEAD_WARPS))
 
-        acc = acc * middle(shrinks.load(out_heads))
-        scores = gl.sum(scores_of_parts.load(summed), 0)
+        if gl.max(grown_warps.load(every_thread), 0) > 0:
+            acc = acc * middle(shrinks.load(out_heads))
         spread = weights.permute((0, 2, 1)).load(left)
-        acc = mma_v2(spread, keys.index(now).load(right), acc)
-        now = following
-        following = gl.where(following + 1 == STAGES, 0, following + 1)
+        acc = mma_v2(spread, tile.load(right), acc)
+        now = gl.where(now + 1 == STAGES, 0, now + 1)
         free = gl.where(free + 1 == STAGES, 0, free + 1)
     async_copy.wait_group(0)
 
@@ -195,10 +236,13 @@ def prefill_kernel(
     # Without a key the sum is 0; with a sink of -inf that would be 0 * (1 / 0).
     share = gl.where(total == 0.0, 0.0, 1.0 / (total + gl.exp2(sink - shift)))
     result = (acc * middle(gl.convert_layout(share, out_heads))).to(gl.bfloat16)
+    head = first_head + gl.arange(0, BLOCK_H, layout=copied_rows)
+    head_inside = middle(head < HEADS)
+    head = middle(gl.where(head < HEADS, head, 0))
     gl.store(
         out_ptr + token * out_token_stride + head * out_head_stride + column,
         gl.convert_layout(result, blocked),
-        mask=in_heads,
+        mask=head_inside,
     )
     if lse_ptr is not None:
         lse = (largest + gl.log2(total)) * _LN_2
