@@ -42,8 +42,8 @@ def float8_definition(
 def check_stages(monkeypatch, given: list, *, limit: float) -> None:
     """Run the kernels, and check each stage against the definition of what the one before gave.
 
-    The whole is not compared: one unit in the last place before a rounding to e4m3 becomes a step
-    of 2**-3, so that the noise of the sums comes out many times as large.
+    Each stage's bound is its own: of the whole, one unit in the last place before a rounding to
+    e4m3 becomes a step of 2**-3, so that the noise of the sums comes out many times as large.
     """
     product, calls = launch._product, []
 

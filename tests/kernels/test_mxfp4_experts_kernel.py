@@ -8,7 +8,7 @@ import mxfp4_unpack
 import pytest
 import torch
 from capture import record, replay_on_gpu
-from mxfp4_float8 import check_stages, relative_error
+from mxfp4_float8 import check_stages, float8_definition, relative_error
 from test_mxfp4_experts import NAMES, compare, draw, real_arguments
 
 from vllm_sm12x.ops.mxfp4_experts import launch, mxfp4_experts
@@ -137,8 +137,11 @@ def test_the_definition_on_a_gpu(lowered, num_tokens, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [100, 300])
 def test_the_definition_with_float8_on_a_gpu(lowered, num_tokens, monkeypatch):
-    given = on_gpu(draw(num_tokens, 9, 256, 384, seed=num_tokens))
+    arguments = draw(num_tokens, 9, 256, 384, seed=num_tokens)
+    given = on_gpu(arguments)
     check_stages(monkeypatch, given, limit=2.0)
+    expected, _ = float8_definition(arguments, limit=2.0)
+    assert relative_error(given[7].cpu(), expected) < 0.01
 
 
 @pytest.mark.gpu

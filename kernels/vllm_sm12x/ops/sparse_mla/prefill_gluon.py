@@ -21,8 +21,6 @@ from vllm_sm12x.ops.sparse_mla.decode_gluon import middle
 
 _LOG2_E = gl.constexpr(math.log2(math.e))
 _LN_2 = gl.constexpr(math.log(2))
-# Parts in which the queries come, so that they fit beside the keys.
-_QUERY_STEPS = gl.constexpr(2)
 # Binary digits by which the largest score may exceed what exponents are taken from.
 _SLACK = gl.constexpr(8.0)
 
@@ -144,25 +142,24 @@ def prefill_kernel(
     row = _load_rows(indices_ptr, (STAGES - 1) * BLOCK_N, count, rows, BLOCK_N, copied_rows)
     named = _load_rows(indices_ptr, 0, count, rows, BLOCK_N, summed_rows)
 
-    # The queries go through shared memory that scores and weights have later.
-    STEP: gl.constexpr = COLUMNS // _QUERY_STEPS
-    step_lanes: gl.constexpr = min(32, STEP // 8)
-    step_blocked: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 8], [1, 32 // step_lanes, step_lanes], [1, WARPS, 1], [2, 1, 0]
+    # The queries go through shared memory that scores and weights have later, in halves of each
+    # part's columns, so that they fit beside the keys.
+    HALF: gl.constexpr = COLUMNS // 2
+    half_lanes: gl.constexpr = min(32, HALF // 8)
+    halves: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 8], [1, 32 // half_lanes, half_lanes], [1, WARPS, 1], [2, 1, 0]
     )
-    head = first_head + gl.arange(
-        0, BLOCK_H, layout=gl.SliceLayout(0, gl.SliceLayout(2, step_blocked))
-    )
+    head = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(0, gl.SliceLayout(2, halves)))
     head_inside = middle(head < HEADS)
     head = middle(gl.where(head < HEADS, head, 0))
-    step = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, step_blocked)))
-    step = gl.expand_dims(gl.expand_dims(step, 1), 2) * COLUMNS
-    within = gl.arange(0, STEP, layout=gl.SliceLayout(0, gl.SliceLayout(0, step_blocked)))
+    half = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, halves)))
+    half = gl.expand_dims(gl.expand_dims(half, 1), 2) * COLUMNS
+    within = gl.arange(0, HALF, layout=gl.SliceLayout(0, gl.SliceLayout(0, halves)))
     q_ptr += token * q_token_stride
-    pointers = q_ptr + head * q_head_stride + (step + gl.expand_dims(gl.expand_dims(within, 0), 0))
+    pointers = q_ptr + head * q_head_stride + (half + gl.expand_dims(gl.expand_dims(within, 0), 0))
     first_half = gl.load(pointers, mask=head_inside, other=0.0)
-    second_half = gl.load(pointers + STEP, mask=head_inside, other=0.0)
-    staged = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_H, STEP], swizzled)
+    second_half = gl.load(pointers + HALF, mask=head_inside, other=0.0)
+    staged = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_H, HALF], swizzled)
     staged.store(first_half)
     first_queries = staged.permute((0, 2, 1)).load(right)
     staged.store(second_half)
@@ -191,8 +188,8 @@ def prefill_kernel(
     for start in range(0, count, BLOCK_N):
         async_copy.wait_group(STAGES - 2)
         tile = keys.index(now)
-        scores = mma_v2(tile.slice(0, STEP, dim=2).load(left), first_queries, nothing)
-        scores = mma_v2(tile.slice(STEP, STEP, dim=2).load(left), second_queries, scores)
+        scores = mma_v2(tile.slice(0, HALF, dim=2).load(left), first_queries, nothing)
+        scores = mma_v2(tile.slice(HALF, HALF, dim=2).load(left), second_queries, scores)
         scores_of_parts.store(scores)
         scores = gl.sum(scores_of_parts.load(summed), 0)
         # Here, where the barrier of the scores has just ended every use of the memory and that of
