@@ -20,6 +20,7 @@ from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_einsum.config import EinsumConfig, einsum_config
 from vllm_sm12x.ops.fp8_einsum.reference import BLOCK
 from vllm_sm12x.ops.launching import capability_of
+from vllm_sm12x.ops.prefetch import prefetch_l2
 
 _BLOCK = tl.constexpr(BLOCK)
 
@@ -55,19 +56,6 @@ def _decode(scale):
         bits = tl.where(exponent == 0, 0x0040_0000, exponent << 23)
         scale = tl.where(exponent == 255, 0x7FC0_0000, bits).to(tl.float32, bitcast=True)
     return scale
-
-
-@triton.jit
-def _prefetch(at):
-    """Ask for the lines at these addresses; they come to the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [at.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -245,7 +233,7 @@ def einsum_kernel(
         gdc_launch_dependents()
         # A row's values of one block are a line.
         line = tl.minimum(tl.arange(0, _PREFETCH), blocks - 1) * _BLOCK
-        _prefetch(w_row[:, None] + line[None, :])
+        prefetch_l2(w_row[:, None] + line[None, :])
         gdc_wait()
 
     token = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_sm12x.ops.mxfp4_experts import float8
 from vllm_sm12x.ops.mxfp4_experts.bfloat16 import tile_sums
+from vllm_sm12x.ops.prefetch import prefetch_l2
 
 # Gate and up rows take turns of so many: a thread then has both of an activation, for its part of
 # a matrix instruction's result is of two rows so far apart.
@@ -81,19 +82,6 @@ def _tile_of_pair(
     hit = same[None, :] & (rank[None, :] == wanted[:, None])
     rows = tl.sum(tl.where(hit, every[None, :] + 1, 0), 1) - 1
     return tl.where(first % BLOCK_M == 0, expert, experts), rows
-
-
-@triton.jit
-def _prefetch(at):
-    """Ask for the lines at these addresses; they come to the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [at.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -217,7 +205,7 @@ def product_kernel(
 
     if DEPENDENT and not GATED:
         if PREFETCH > 0:
-            _prefetch(weight_at + 128 * tl.arange(0, PREFETCH)[None, :])
+            prefetch_l2(weight_at + 128 * tl.arange(0, PREFETCH)[None, :])
         gdc_wait()
     if x_scale_ptr is None:
         acc = tile_sums(
