@@ -303,6 +303,8 @@ def compressor(capability: tuple[int, int]) -> Case:
     return lambda: compressor_warm_up.warm_up(states, norm, turns, cache, 128, False), calls()
 
 
+EXPERTS = {"halve_kernel", "product_kernel", "weighted_sum_kernel", "local_experts_kernel"}
+
 # The kernels that each must meet, so that a case that launches nothing fails.
 CASES = {
     einsum: {"einsum_kernel"},
@@ -310,8 +312,8 @@ CASES = {
     prefill_logits: {"logits_kernel"},
     decode_logits: {"paged_logits_kernel"},
     hyper_connections: {"halve_kernel", "mix_kernel", "finish_kernel", "post_kernel"},
-    experts: {"product_kernel", "weighted_sum_kernel", "local_experts_kernel"},
-    half_of_the_experts: {"product_kernel", "weighted_sum_kernel", "local_experts_kernel"},
+    experts: EXPERTS,
+    half_of_the_experts: EXPERTS,
     decode: {"split_kernel", "_combine_kernel"},
     decode_c4a: {"split_kernel", "_combine_kernel"},
     decode_c128a: {"split_kernel", "_combine_kernel"},

@@ -84,7 +84,12 @@ KERNELS_OF = {
     "paged_mqa_logits": {"paged_logits_kernel"},
     "fp8_einsum": {"einsum_kernel"},
     "mhc": {"halve_kernel", "mix_kernel", "finish_kernel", "post_kernel"},
-    "mxfp4_experts": {"product_kernel", "weighted_sum_kernel", "local_experts_kernel"},
+    "mxfp4_experts": {
+        "halve_kernel",
+        "product_kernel",
+        "weighted_sum_kernel",
+        "local_experts_kernel",
+    },
 }
 
 

@@ -60,8 +60,8 @@ _SM12X = {
     **_FEW,
     "64": EinsumConfig(64, 64, weights_first=True, num_warps=4, num_stages=4),
     "256": EinsumConfig(64, 64, weights_first=True, num_warps=4, num_stages=4),
-    # Two blocks a multiprocessor, so that one scales while the other multiplies.
-    CHUNK: EinsumConfig(64, 128, weights_first=False, num_warps=4, num_stages=3),
+    # Three blocks a multiprocessor, so that others multiply while one scales.
+    CHUNK: EinsumConfig(64, 64, weights_first=False, num_warps=4, num_stages=3, maxnreg=168),
 }
 
 _HOPPER = {
