@@ -27,6 +27,7 @@ from environment import (
     command,
     commit,
     machine,
+    memory_options,
     now,
     path_settings,
     prepare,
@@ -110,7 +111,7 @@ def run_here(args: argparse.Namespace) -> None:
     if "preempted" in what.flags:
         blocks = load(args.folder, BASE)["blocks_used"]
     with tempfile.TemporaryDirectory() as model:
-        result = run(args.one, Path(model), args.memory, blocks)
+        result = run(args.one, Path(model), memory_options(args), blocks)
     if guarded:
         import tripwire
 
@@ -128,9 +129,9 @@ def command_of(args: argparse.Namespace, name: str) -> list[str]:
     words = [sys.executable, str(Path(__file__).resolve()), str(args.folder), "--one", name]
     words += ["--path", args.path, "--kernels", args.kernels, "--lowering", args.lowering]
     words += ["--memory", str(args.memory)]
-    for option in ("operations", "commit"):
+    for option in ("operations", "kv_memory", "commit"):
         if (value := getattr(args, option)) is not None:
-            words += [f"--{option}", value]
+            words += [f"--{option.replace('_', '-')}", str(value)]
     return words
 
 

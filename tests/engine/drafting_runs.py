@@ -83,8 +83,8 @@ class Run:
         graphs = "never" if "piecewise" in self.flags else "always"
         return {"SM12X_MTP_FULL_GRAPHS": graphs}
 
-    def options(self, folder: Path, memory: float, blocks: int | None = None) -> dict[str, Any]:
-        """Arguments of ``vllm.LLM``.
+    def options(self, folder: Path, blocks: int | None = None) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM``, but for the memory that it takes.
 
         Args:
             blocks: KV blocks that :data:`GROWING` used at most in ``mtp0``; for preemption.
@@ -109,7 +109,6 @@ class Run:
                 FEW_BATCHED_TOKENS if "chunks" in self.flags else MAX_BATCHED_TOKENS
             ),
             "max_num_seqs": MAX_NUM_SEQS,
-            "gpu_memory_utilization": memory,
             "enable_prefix_caching": "cache" in self.flags,
             "enforce_eager": "eager" in self.flags,
             "compilation_config": compilation,
@@ -209,15 +208,20 @@ def metrics(llm: Any) -> dict[str, int]:
     return found
 
 
-def run(name: str, folder: Path, memory: float, blocks: int | None) -> dict[str, Any]:
-    """Start the engine of a run, answer the requests, and say what happened."""
+def run(name: str, folder: Path, memory: dict[str, Any], blocks: int | None) -> dict[str, Any]:
+    """Start the engine of a run, answer the requests, and say what happened.
+
+    Args:
+        memory: Arguments of ``vllm.LLM`` for the memory that it takes.
+        blocks: As :meth:`Run.options`.
+    """
     what = Run.of(name)
     write_config(folder)
     from vllm import LLM
 
     import made_weights  # noqa: F401  registers the loader
 
-    return answers_of(name, LLM(**what.options(folder, memory, blocks)))
+    return answers_of(name, LLM(**what.options(folder, blocks), **memory))
 
 
 def answers_of(

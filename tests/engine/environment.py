@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PATHS = ("portable", "native")
@@ -24,7 +25,7 @@ _NAMED = ("SM12X_PORTABLE", "SM12X_KERNELS", "SM12X_LOWERING", "SM12X_MTP_FULL_G
 
 
 def add_path_options(parser: argparse.ArgumentParser) -> None:
-    """``--path``, ``--operations``, ``--kernels``, ``--lowering``, ``--memory``, ``--commit``."""
+    """How operations run, what memory an engine takes, and ``--commit``."""
     parser.add_argument("--path", choices=PATHS, default="portable")
     parser.add_argument(
         "--operations", help="exact SM12X_PORTABLE value instead of all or none; no tripwires then"
@@ -34,6 +35,12 @@ def add_path_options(parser: argparse.ArgumentParser) -> None:
         "--lowering", choices=LOWERINGS, default="auto", help="SM12X_LOWERING (default: auto)"
     )
     parser.add_argument("--memory", type=float, default=0.6, help="share of the GPU's memory")
+    parser.add_argument(
+        "--kv-memory",
+        type=float,
+        metavar="GIB",
+        help="of the KV cache, in place of what --memory leaves: for engines side by side on one GPU",
+    )
     parser.add_argument("--commit", help="commit to name in the report where git cannot tell")
 
 
@@ -44,6 +51,14 @@ def path_settings(args: argparse.Namespace) -> dict[str, str]:
         "SM12X_KERNELS": args.kernels,
         "SM12X_LOWERING": args.lowering,
     }
+
+
+def memory_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` for the memory that :func:`add_path_options` parsed."""
+    options: dict[str, Any] = {"gpu_memory_utilization": args.memory}
+    if args.kv_memory is not None:
+        options["kv_cache_memory_bytes"] = int(args.kv_memory * 2**30)
+    return options
 
 
 def prepare(args: argparse.Namespace) -> bool:

@@ -28,7 +28,16 @@ from typing import Any
 
 from answers import ALTERNATIVES, Answer, difference
 from drawing import LOGIT_STD
-from environment import add_path_options, command, commit, machine, now, prepare, settings
+from environment import (
+    add_path_options,
+    command,
+    commit,
+    machine,
+    memory_options,
+    now,
+    prepare,
+    settings,
+)
 from flash_config import write_config
 
 PROMPT_LENGTHS = (1, 5, 127, 130, 700, 3000)
@@ -70,7 +79,7 @@ def start(args: argparse.Namespace, folder: Path) -> Any:
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
         max_num_seqs=8,
-        gpu_memory_utilization=args.memory,
+        **memory_options(args),
         enable_prefix_caching=False,
         enforce_eager=args.eager,
         compilation_config={"cudagraph_capture_sizes": [step * n for n in (1, 2, 4, 8)]},

@@ -27,7 +27,15 @@ HERE = Path(__file__).resolve().parent
 # For `tests.…`, here and in the processes of --tp.
 sys.path.insert(0, str(HERE.parents[1]))
 
-from environment import add_path_options, commit, machine, now, prepare, settings  # noqa: E402
+from environment import (  # noqa: E402
+    add_path_options,
+    commit,
+    machine,
+    memory_options,
+    now,
+    prepare,
+    settings,
+)
 from tests.checkpoint.digest import digest  # noqa: E402
 from tests.oracle.scores import MOST_KEPT, Scores  # noqa: E402
 from tests.oracle.sequences import PROMPT_LENGTHS, Sequence, draw_sequences  # noqa: E402
@@ -48,11 +56,13 @@ def start(args: argparse.Namespace, longest: int) -> Any:
         block_size=256,
         max_model_len=longest + 2,
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
-        max_num_seqs=8,
-        gpu_memory_utilization=args.memory,
+        max_num_seqs=args.together,
+        **memory_options(args),
         enable_prefix_caching=False,
         enforce_eager=args.eager,
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]},
+        compilation_config={
+            "cudagraph_capture_sizes": [n for n in (1, 2, 4, 8) if n <= args.together]
+        },
         max_logprobs=MOST_KEPT,
         logits_processors=["tests.engine.forced_tokens:ForcedTokens"],
         # The processor counts the tokens that came out so far.
@@ -131,12 +141,19 @@ def arguments() -> argparse.Namespace:
         metavar="N,N,…",
         help="lengths of the prompts (default: %(default)s)",
     )
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=8,
+        help="sequences at once (default: 8); another number shows what the batch changes",
+    )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs, no torch.compile")
     args = parser.parse_args()
     if not (args.folder / "config.json").is_file():
         parser.error(f"{args.folder}: no checkpoint there")
-    if args.tp < 1:
-        parser.error(f"--tp {args.tp}: allowed: 1 and more")
+    for name in ("tp", "together"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: allowed: 1 and more")
     return args
 
 
@@ -172,6 +189,7 @@ def main() -> int:
             **settings(),
             "tripwires": guarded,
             "tp": args.tp,
+            "together": args.together,
             "eager": args.eager,
             "commit": args.commit or commit(),
             "date": now(),

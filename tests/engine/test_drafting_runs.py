@@ -41,12 +41,12 @@ def test_another_name_is_refused(name):
 def test_vllm_knows_every_option(name, tmp_path):
     from vllm.engine.arg_utils import EngineArgs
 
-    options = Run.of(name).options(tmp_path, 0.5, blocks=100)
+    options = Run.of(name).options(tmp_path, blocks=100)
     assert EngineArgs(**options).max_num_seqs == MAX_NUM_SEQS
 
 
 def test_graphs_are_padded_and_requests_join():
-    options = Run.of("mtp2").options(Path("x"), 0.5)
+    options = Run.of("mtp2").options(Path("x"))
     sizes = options["compilation_config"]["cudagraph_capture_sizes"]
     assert sizes == [3, 6, 12, 18]
     # Three and five requests have no graph of their own; more wait and join.
@@ -57,16 +57,16 @@ def test_graphs_are_padded_and_requests_join():
 
 def test_preemption_needs_what_mtp0_used():
     run = Run.of("mtp2-preempted")
-    assert run.options(Path("x"), 0.5, blocks=100)["num_gpu_blocks_override"] == 80
+    assert run.options(Path("x"), blocks=100)["num_gpu_blocks_override"] == 80
     with pytest.raises(ValueError, match="blocks: None, allowed with preemption"):
-        run.options(Path("x"), 0.5)
+        run.options(Path("x"))
 
 
 def test_full_graphs_are_forced_or_forbidden():
     assert Run.of("mtp2").environment() == {"SM12X_MTP_FULL_GRAPHS": "always"}
     assert Run.of("mtp2-piecewise").environment() == {"SM12X_MTP_FULL_GRAPHS": "never"}
     assert (
-        Run.of("mtp0-piecewise").options(Path("x"), 0.5)["compilation_config"]["cudagraph_mode"]
+        Run.of("mtp0-piecewise").options(Path("x"))["compilation_config"]["cudagraph_mode"]
         == "PIECEWISE"
     )
 

@@ -22,6 +22,7 @@ PATH = os.environ.get("SERVING_PATH", "portable")
 KERNELS = os.environ.get("SERVING_KERNELS", "all")
 LOWERING = os.environ.get("SERVING_LOWERING", "sm120")
 MEMORY = float(os.environ.get("SERVING_MEMORY", "0.6"))
+KV_MEMORY = os.environ.get("SERVING_KV_MEMORY")
 
 SCRIPTED = "scripted"
 ON_A_GPU = pytest.param("gpu", marks=pytest.mark.gpu)
@@ -70,7 +71,10 @@ class Server:
             tp=self.tp,
             max_num_seqs=16,
             memory=MEMORY,
-            extra=("--structured-outputs-config", GRAMMARS),
+            extra=(
+                *("--structured-outputs-config", GRAMMARS),
+                *(("--kv-cache-memory-bytes", KV_MEMORY) if KV_MEMORY else ()),
+            ),
         )
         return serve, variables(PATH, KERNELS, LOWERING)
 

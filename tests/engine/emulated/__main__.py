@@ -126,7 +126,7 @@ def _answer_one(name: str, kernels: str, out: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(SIZES[kernels])
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        options = what.options(Path(folder), 0.5, blocks)
+        options = what.options(Path(folder), blocks) | {"gpu_memory_utilization": 0.5}
         # Nothing compiles the model here. Graphs of whole steps need no more than they record.
         options["compilation_config"] |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
         options |= {
