@@ -29,19 +29,18 @@ CASES = {
 INPUT_SETS = 4
 
 
-def tilings() -> list[config_decode.Row]:
-    """What ``--try`` times."""
-    rows = [
-        config_decode.Row(16, 32),
-        config_decode.Row(16, 16),
-        config_decode.Row(16, 16, maxnreg=128),
-        config_decode.Row(32, 16),
-        config_decode.Row(32, 32),
-        config_decode.Row(64, 16, parts=2),
-        config_decode.Row(32, 16, parts=2),
-        config_decode.Row(16, 16, parts=4),
-    ]
-    return [replace(row, programs=programs) for row in rows for programs in (1, 2)]
+# What `--try` times, each with as many splits as fill the GPU, half as many and twice as many.
+TILINGS = (
+    config_decode.Row(16, 32),
+    config_decode.Row(16, 16, parts=4),
+    config_decode.Row(16, 16, parts=4, num_warps=4),
+    config_decode.Row(32, 32),
+    config_decode.Row(32, 16, parts=2),
+    config_decode.Row(32, 16, parts=4),
+    config_decode.Row(32, 16, parts=4, num_warps=4),
+    config_decode.Row(64, 16, parts=2),
+    config_decode.Row(64, 16, parts=4),
+)
 
 
 def main() -> None:
@@ -78,13 +77,22 @@ def bench(
 
     def ours(_: str) -> tuple[str, dict[str, list]]:
         chosen = config_decode.row(tokens, heads, keys, target_key())
-        calls = {}
-        for row in (chosen, *(tilings() if arguments.tilings else ())):
-            splits = config_decode.splits(row, tokens, heads, keys, multiprocessors())
-            calls[describe(row, splits)] = [
-                functools.partial(_tiling, each, row, splits) for each in sets
-            ]
-        return next(iter(calls)), calls
+        fill = functools.partial(
+            config_decode.splits,
+            tokens=tokens,
+            heads=heads,
+            keys=keys,
+            multiprocessors=multiprocessors(),
+        )
+        tried = [(chosen, fill(chosen))]
+        for row in TILINGS if arguments.tilings else ():
+            filled, most = fill(row), fill(replace(row, programs=4))
+            tried += [(row, n) for n in {max(1, filled // 2), filled, min(2 * filled, most)}]
+        calls = {
+            describe(row, splits): [functools.partial(_tiling, each, row, splits) for each in sets]
+            for row, splits in tried
+        }
+        return describe(*tried[0]), calls
 
     contest(
         report,
