@@ -22,6 +22,9 @@ SETTINGS = ("auto", "native", "sm120")
 # Bytes that a block may have on SM12x: 100 KiB less the 1 KiB that the driver keeps.
 SHARED_MEMORY_LIMIT = 101_376
 
+# The first GPUs on which a kernel can be launched before the one ahead of it ends.
+_OVERLAP_FROM = (9, 0)
+
 # The first Triton that lowers an FP8 dot alike on sm_120 and sm_121.
 _TRITON_WITH_FP8_ON_SM121 = (3, 9)
 
@@ -80,6 +83,17 @@ def target_key(capability: tuple[int, int] | None = None) -> str:
     if capability == (9, 0) and lowering(capability) == "native":
         return "sm_90"
     return "sm_120"
+
+
+def launches_overlap(capability: tuple[int, int] | None = None) -> bool:
+    """Whether a kernel can be launched while the one ahead of it ends, and wait for that end itself.
+
+    Args:
+        capability: By default that of the current GPU. Without one there is nothing to overlap.
+    """
+    if capability is None:
+        capability = _current_capability()
+    return capability is not None and capability >= _OVERLAP_FROM
 
 
 @functools.cache

@@ -52,7 +52,7 @@ CHUNK = "chunk"
 _FEW = {
     # Bound by memory. A warp a part, and two steps of 512 or 1,024 inputs in flight.
     "8": EinsumConfig(8, 32, True, num_warps=8, num_stages=3, parts=8, dependent=True),
-    "16": EinsumConfig(16, 32, True, num_warps=4, num_stages=3, parts=4, dependent=True),
+    "16": EinsumConfig(16, 32, True, num_warps=8, num_stages=3, parts=8, dependent=True),
     "32": EinsumConfig(32, 32, True, num_warps=4, num_stages=3, parts=4, dependent=True),
 }
 

@@ -43,10 +43,6 @@ _VARIABLE = [
 ]
 
 
-# Programmatic dependent launch begins with this capability.
-_DEPENDENT_FROM = (9, 0)
-
-
 @triton.jit
 def _decode(scale):
     """A scale of the weights in float32; as it is, unless it is UE8M0."""
@@ -307,7 +303,7 @@ def fp8_einsum_bhr_hdr(
     options = lowering.launch_options(capability)
     if config.maxnreg is not None:
         options = {**options, "maxnreg": config.maxnreg}
-    dependent = config.dependent and capability >= _DEPENDENT_FROM
+    dependent = config.dependent and lowering.launches_overlap(capability)
     if dependent:
         options = {**options, "launch_pdl": True}
     einsum_kernel[(groups * triton.cdiv(tokens, config.block_t) * (n // config.block_n),)](

@@ -23,9 +23,6 @@ from vllm_sm12x.ops.mhc.kernel import (
 # Streams that the kernels are written for.
 STREAMS = 4
 
-# Programmatic dependent launch begins with this capability.
-_OVERLAP_FROM = (9, 0)
-
 # Columns a program of the kernel that halves the mapping, and its warps.
 HALVE_BLOCK, HALVE_WARPS = 128, 4
 
@@ -249,7 +246,7 @@ def _options(name: str, tensor: torch.Tensor, streams: int | None = STREAMS) -> 
             f"{name}: {tensor.size(-2)} streams, allowed in the Triton kernels: {streams}"
         )
     capability = capability_of(name, tensor, "Triton kernels")
-    overlap = capability >= _OVERLAP_FROM
+    overlap = lowering.launches_overlap(capability)
     options = lowering.launch_options(capability)
     if overlap:
         options = {**options, "launch_pdl": True}

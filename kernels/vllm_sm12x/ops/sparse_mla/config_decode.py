@@ -1,7 +1,7 @@
 """Launch parameters of the decode kernels: static, by target and shape class, never tuned.
 
 The tilings are those that compile without spills within 101,376 bytes of shared memory (see
-``benchmarks/sparse_mla/decode-compile.md``). They have not been measured on a GPU yet.
+``benchmarks/sparse_mla/decode-compile.md``); which of them a class takes was measured on an H200.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ TARGETS = ("sm_120", "sm_121", "sm_90")
 HEADS = (8, 16, 32, 64, 128)
 
 # Upper ends of the classes, both ends inclusive. A launch has 65,535 programs in a row of tokens.
-TOKENS = {"few": 4, "many": 65_535}
-KEYS = {"window": 128, "short": 1280, "long": 16_384}
+TOKENS = {"few": 4, "some": 16, "many": 65_535}
+KEYS = {"window": 128, "short": 640, "medium": 1280, "long": 16_384}
 
 MOST_SPLITS = 64
 
@@ -57,19 +57,22 @@ _TRITON_16 = Row(block_h=16, block_n=32)
 _TRITON_32 = Row(block_h=32, block_n=32)
 
 # The Gluon kernel. A program of 16 heads has little to read and to write, and four times as many
-# of them share the keys of few tokens; one of 64 makes a key bfloat16 once for all heads.
+# of them share the keys of few tokens; one of 64 makes a key bfloat16 once for all heads, which
+# pays where there are many keys to each.
 _GLUON_16 = Row(block_h=16, block_n=16, parts=4)
-_GLUON_32 = Row(block_h=32, block_n=16, parts=2)
-_GLUON_64 = Row(block_h=64, block_n=16, parts=2)
+_GLUON_32 = Row(block_h=32, block_n=16, parts=4)
+_GLUON_64 = Row(block_h=64, block_n=16, parts=4)
 
 
 def _triton(heads: int, tokens: str) -> Row:
-    return _TRITON_32 if heads >= 32 and tokens == "many" else _TRITON_16
+    return _TRITON_32 if heads >= 32 and tokens != "few" else _TRITON_16
 
 
-def _gluon(heads: int, tokens: str) -> Row:
+def _gluon(heads: int, keys: str, tokens: str) -> Row:
     if heads <= 16 or tokens == "few":
         return _GLUON_16
+    if tokens == "some" and keys in ("window", "short"):
+        return _GLUON_16 if (heads, keys) == (32, "short") else _GLUON_32
     return _GLUON_32 if heads == 32 else _GLUON_64
 
 
@@ -78,7 +81,7 @@ _SHAPES = tuple(itertools.product(HEADS, KEYS, TOKENS))
 # Target (as `vllm_sm12x.lowering.target_key` names it) -> (heads, keys, tokens) -> row. Those of
 # the Triton kernel stand beside, to compare with.
 TABLE: dict[str, dict[tuple[int, str, str], Row]] = {
-    **{target: {shape: _gluon(shape[0], shape[2]) for shape in _SHAPES} for target in TARGETS},
+    **{target: {shape: _gluon(*shape) for shape in _SHAPES} for target in TARGETS},
     "triton": {shape: _triton(shape[0], shape[2]) for shape in _SHAPES},
 }
 

@@ -32,6 +32,8 @@ _ROPE_DIM = gl.constexpr(ROPE_DIM)
 _GROUPS = gl.constexpr(HEAD_DIM // ROPE_DIM)
 _LOG2_E = gl.constexpr(math.log2(math.e))
 _LN_2 = gl.constexpr(math.log(2))
+# Binary digits by which the largest score may exceed what exponents are taken from.
+SLACK = gl.constexpr(8.0)
 
 # As in the Triton kernel: no load gets wider by knowing more of these.
 _PLAIN = [
@@ -63,6 +65,13 @@ _PLAIN = [
 def middle(x):
     """``[n]`` as ``[1, n, 1]``."""
     return gl.expand_dims(gl.expand_dims(x, 0), 2)
+
+
+@gluon.jit
+def any_of_warp(flags, WARPS: gl.constexpr):
+    """int32 ``[WARPS]``: whether one of a warp's heads, 8 and 8 of ``[H]``, has its flag set."""
+    flags = gl.reshape(flags.to(gl.int32), [flags.shape[0] // (8 * WARPS), WARPS, 8])
+    return gl.max(gl.max(flags, 2), 0)
 
 
 @gluon.jit
@@ -340,6 +349,12 @@ def split_kernel(
     shrinks = gl.allocate_shared_memory(
         gl.float32, [BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
+    # Warps with heads of their own.
+    HEAD_WARPS: gl.constexpr = min(WARPS, BLOCK_H // 8)
+    grown_warps = gl.allocate_shared_memory(
+        gl.int32, [HEAD_WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    every_thread: gl.constexpr = gl.BlockedLayout([HEAD_WARPS], [32], [WARPS], [0])
     for i in gl.static_range(2):
         slot = _load_slots(first + 2 + i, last, *chosen, HAS_EXTRA, BLOCK_N, copied_rows)
         raw = (codes.index(i), rotated.index(i), exponents.index(i))
@@ -365,7 +380,6 @@ def split_kernel(
     for tile in range(first, last):
         raw = (codes.index(copied), rotated.index(copied), exponents.index(copied))
         async_copy.wait_group(1)
-        following_scores = mma_v2(keys.index(following).load(left), queries, nothing)
         _make_keys(keys.index(free), raw, PARTS, AT_ONCE, blocked, groups_layout)
         _start_copy(
             raw, slot, tile + 4, *caches, HAS_EXTRA, codes_layout, part_layout, scales_layout
@@ -374,7 +388,11 @@ def split_kernel(
 
         scores = gl.where(gl.expand_dims(named >= 0, 1), scores * factor, float("-inf"))
         named = _load_slots(tile + 1, last, *chosen, HAS_EXTRA, BLOCK_N, summed_rows)
+        # What the exponents are taken from follows the largest score only when that has left it far
+        # behind: until then nothing is scaled. Weights stay below 2 ** SLACK.
         now_largest = gl.maximum(largest, gl.max(scores, 0))
+        grown = now_largest > largest + SLACK
+        now_largest = gl.where(grown, now_largest, largest)
         # Before the first key, exp2(-inf - 0) is 0 where exp2(-inf - -inf) would be NaN.
         base = gl.where(now_largest == float("-inf"), 0.0, now_largest)
         shrink = gl.exp2(largest - base)
@@ -384,9 +402,13 @@ def split_kernel(
         weight = gl.expand_dims(weight.to(gl.bfloat16), 0)
         weights.store(weight.broadcast_to([PARTS, BLOCK_N, BLOCK_H]))
         shrinks.store(shrink)
+        grown_warps.store(any_of_warp(grown, HEAD_WARPS))
+        # As late as this: earlier, with 64 heads, they would take registers that the rest needs.
+        following_scores = mma_v2(keys.index(following).load(left), queries, nothing)
         scores_of_parts.store(following_scores)
 
-        acc = acc * middle(shrinks.load(out_heads))
+        if gl.max(grown_warps.load(every_thread), 0) > 0:
+            acc = acc * middle(shrinks.load(out_heads))
         scores = gl.sum(scores_of_parts.load(summed), 0)
         spread = weights.permute((0, 2, 1)).load(left)
         acc = mma_v2(spread, keys.index(now).load(right), acc)

@@ -17,20 +17,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from vllm_sm12x.ops.sparse_mla.decode_gluon import middle
+from vllm_sm12x.ops.sparse_mla.decode_gluon import SLACK, any_of_warp, middle
 
 _LOG2_E = gl.constexpr(math.log2(math.e))
 _LN_2 = gl.constexpr(math.log(2))
-# Binary digits by which the largest score may exceed what exponents are taken from.
-_SLACK = gl.constexpr(8.0)
-
-
-@gluon.jit
-def _any_of_warp(flags, WARPS: gl.constexpr):
-    """int32 ``[WARPS]``: whether one of a warp's heads, 8 and 8 of ``[H]``, has its flag set."""
-    flags = gl.reshape(flags.to(gl.int32), [flags.shape[0] // (8 * WARPS), WARPS, 8])
-    return gl.max(gl.max(flags, 2), 0)
-
 
 # These change from call to call, or are 1 in one call and not in the next: a kernel for each of
 # their kinds would be compiled while serving. In the Triton kernel too.
@@ -201,9 +191,9 @@ def prefill_kernel(
         scores = gl.where(gl.expand_dims(named >= 0, 1), scores * scale, float("-inf"))
         named = _load_rows(indices_ptr, start + BLOCK_N, count, rows, BLOCK_N, summed_rows)
         # What the exponents are taken from follows the largest score only when that has left it far
-        # behind: until then nothing is scaled. Weights stay below 2 ** _SLACK.
+        # behind: until then nothing is scaled. Weights stay below 2 ** SLACK.
         now_largest = gl.maximum(largest, gl.max(scores, 0))
-        grown = now_largest > largest + _SLACK
+        grown = now_largest > largest + SLACK
         now_largest = gl.where(grown, now_largest, largest)
         # No key yet: exp2(-inf - 0) is 0 where exp2(-inf - -inf) would be NaN.
         shift = gl.where(now_largest == float("-inf"), 0.0, now_largest)
@@ -214,7 +204,7 @@ def prefill_kernel(
         weight = gl.expand_dims(weight.to(gl.bfloat16), 0)
         weights.store(weight.broadcast_to([PARTS, BLOCK_N, BLOCK_H]))
         shrinks.store(shrink)
-        grown_warps.store(_any_of_warp(grown, HEAD_WARPS))
+        grown_warps.store(any_of_warp(grown, HEAD_WARPS))
 
         if gl.max(grown_warps.load(every_thread), 0) > 0:
             acc = acc * middle(shrinks.load(out_heads))
