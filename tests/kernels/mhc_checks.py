@@ -53,10 +53,27 @@ def _close(actual, expected, error, dtype, **more):
     )
 
 
+def _fma(a, b, c):
+    """``a * b + c``, rounded once, in float32. The product is exact in float64; that the sum is
+    rounded there too changes one in some 2**28 results."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+def round_post(x, residual, post_layer_mix, comb_res_mix):
+    """New streams as a matrix product in float32 and PyTorch's operations after it round them."""
+    post = post_layer_mix.reshape(*residual.shape[:-1], 1)
+    weights, streams = comb_res_mix.mT.unsqueeze(-1), residual.float().unsqueeze(-3)
+    old = weights[..., 0, :] * streams[..., 0, :]
+    for stream in range(1, M):
+        old = _fma(weights[..., stream, :], streams[..., stream, :], old)
+    return (old + post * x.float().unsqueeze(-2)).to(torch.bfloat16)
+
+
 def check_post(given, out) -> None:
     expected, terms = define_post(**given)
     assert out.is_contiguous()
     _close(out, expected, (M + 2) * 2.0**-24 * terms, torch.bfloat16)
+    assert torch.equal(out, round_post(**given).reshape(out.shape))
 
 
 def check_collapsed(streams, logits, error, eps, out, norm_weight=None, norm_eps=0.0) -> None:

@@ -75,12 +75,13 @@ def _load_weights(post, comb, token, STREAM: tl.constexpr):
 @triton.jit
 def _put_back(x, s0, s1, s2, s3, weights):
     """A new stream in bfloat16, from what :func:`_load_weights` gives for it."""
-    # Fused by name: of two products the compiler would otherwise round one, in some kernels the one
-    # and in others the other, and a stream would depend on which kernel made it.
-    new = tl.fma(weights[1], s0, weights[0] * x)
-    new = tl.fma(weights[2], s1, new)
-    new = tl.fma(weights[3], s2, new)
-    return tl.fma(weights[4], s3, new).to(tl.bfloat16)
+    # Rounded as the definition rounds in PyTorch, the old streams' sum first and then the layer's
+    # product. Fused by name, and not where 0 is added: the compiler would otherwise choose, in some
+    # kernels so and in others so, and a stream would depend on which kernel made it.
+    old = tl.fma(weights[2], s1, weights[1] * s0)
+    old = tl.fma(weights[3], s2, old)
+    old = tl.fma(weights[4], s3, old)
+    return (old + tl.fma(weights[0], x, 0.0)).to(tl.bfloat16)
 
 
 @triton.jit
