@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 from child_checks import run_checks
 
 HALVES = ("sparse_mla_decode", "sparse_mla_prefill")
@@ -112,6 +113,36 @@ def test_the_other_half_is_handed_to_upstream_as_it_came(
     (call,) = upstream.call_args_list
     received = dict(zip(names, call.args, strict=False)) | call.kwargs
     assert received == arguments
+
+
+@pytest.mark.parametrize(
+    ("padded", "prefills", "expected"),
+    [(12, 0, 12), (9, 0, 9), (None, 0, 9), (48, 1, 9), (6, 0, 9)],
+)
+def test_decode_chooses_for_the_batch_that_a_graph_is_padded_to(
+    choose, padded, prefills, expected, monkeypatch
+):
+    from vllm.forward_context import BatchDescriptor, override_forward_context
+
+    from vllm_sm12x.adapters import sparse_mla
+
+    choose((12, 0), "auto")
+    called = Mock()
+    monkeypatch.setattr(sparse_mla.sparse_mla, "sparse_mla_decode", called)
+    q, out = torch.zeros(9, 8, 512), torch.zeros(9, 8, 512)
+    metadata = SimpleNamespace(
+        num_decode_tokens=9,
+        num_prefills=prefills,
+        decode_swa_indices=torch.zeros(9, 128),
+        decode_swa_lens=torch.zeros(9),
+    )
+    layer = SimpleNamespace(
+        swa_cache_layer=SimpleNamespace(kv_cache=torch.zeros(0)), attn_sink=q, scale=1.0
+    )
+    descriptor = None if padded is None else BatchDescriptor(num_tokens=padded)
+    with override_forward_context(SimpleNamespace(batch_descriptor=descriptor)):
+        sparse_mla.PortableSparseMLAImpl._forward_decode(layer, q, None, metadata, None, True, out)
+    assert called.call_args.kwargs["batch_tokens"] == expected
 
 
 @pytest.mark.operation("sparse_mla_decode")

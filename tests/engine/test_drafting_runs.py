@@ -51,6 +51,8 @@ def test_graphs_are_padded_and_requests_join():
     assert sizes == [3, 6, 12, 18]
     # Three and five requests have no graph of their own; more wait and join.
     assert 3 * 3 not in sizes and 3 * 5 not in sizes
+    # vLLM captures a full graph for no more tokens than all requests together have.
+    assert sizes[-1] <= 3 * MAX_NUM_SEQS
     assert len(REQUESTS) > MAX_NUM_SEQS
     assert len({tokens for _, tokens in REQUESTS}) > 3
 

@@ -547,6 +547,7 @@ def test_runs_on_a_fake_gpu():
         (dict(extra_cache=torch.zeros(4, 2, 576, dtype=torch.uint8)), "extra_cache: shape"),
         (dict(extra_indices=torch.zeros(6, 64)), "extra_indices: dtype"),
         (dict(lse=torch.zeros(6, 9)), "lse: shape"),
+        (dict(batch_tokens=5), "batch_tokens: 5, allowed: 6"),
     ],
 )
 def test_bad_decode_arguments_are_named(change, message):

@@ -87,16 +87,17 @@ def _compare(args: argparse.Namespace) -> int:
     first, second = Scores.load(args.first), Scores.load(args.second)
     seen = table(first, compare(first, second))
     report: dict[str, object] = {"seen": as_json(seen)}
-    noise, problems = None, []
+    noise, rounded, problems = None, None, []
     if args.noise:
-        noise = table(first, compare(first, Scores.load(args.noise)))
+        rounded = Scores.load(args.noise)
+        noise = table(first, compare(first, rounded))
         problems = judge(seen, noise)
         report["noise"] = as_json(noise)
     _print(seen, noise)
     shares = {}
     for path in args.faults:
         faulty = Scores.load(path)
-        share, error = fault_share(first, faulty, second)
+        share, error = fault_share(first, faulty, second, rounded)
         shares[str(faulty.facts["fault"])] = {"share": share, "error": error}
         verdict = judge_share(share, error)
         print(f"share of {faulty.facts['fault']}: {share:.3f} +- {error:.3f}, {verdict}")

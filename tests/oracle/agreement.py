@@ -92,35 +92,47 @@ def _require_same(first: Scores, second: Scores) -> None:
             raise ValueError(f"{name}: the two runs are over different ones; score the same")
 
 
-def fault_share(exact: Scores, faulty: Scores, seen: Scores) -> tuple[float, float]:
+def fault_share(
+    exact: Scores, faulty: Scores, seen: Scores, rounded: Scores | None = None
+) -> tuple[float, float]:
     """How much of a known fault is in a run: 0 where it is absent, 1 where the run has it.
 
     The least-squares share of the fault's change of log-probabilities in the run's, weighted by the
-    exact probabilities. Rounding is not aligned with the fault's change and averages out over the
-    positions, so that a fault far below the noise of the formats shows.
+    exact probabilities. Rounding averages out over the positions, so that a fault far below the
+    noise of the formats shows; but for what any change has in common, that it makes what was likely
+    less so. Rounding alone has that share of a fault too: it counts as 0 where ``rounded`` is given.
+
+    Args:
+        rounded: The oracle's run with the engine's roundings.
 
     Returns:
         The share and its standard error.
 
     Raises:
         ValueError: The runs are over different checkpoints, vocabularies or sequences, or the fault
-            changes nothing.
+            changes nothing, or nothing that rounding does not.
     """
     _require_same(exact, faulty)
     _require_same(exact, seen)
+    rounded = exact if rounded is None else rounded
+    _require_same(exact, rounded)
     places = len(exact.tokens)
-    common, square = np.empty(places), np.empty(places)
+    common, square, alone = np.empty(places), np.empty(places), np.empty(places)
     for place in range(places):
-        base, with_fault, with_run = _at_common(place, exact, faulty, seen)
+        base, with_fault, with_run, with_noise = _at_common(place, exact, faulty, seen, rounded)
         weight = np.exp(base)
         changes = []
-        for one in (with_fault - base, with_run - base):
+        for one in (with_fault - base, with_run - base, with_noise - base):
             # A constant is no change: probabilities are normalised.
             changes.append(one - (weight * one).sum() / max(weight.sum(), 1e-30))
         square[place] = (weight * changes[0] ** 2).sum()
         common[place] = (weight * changes[0] * changes[1]).sum()
+        alone[place] = (weight * changes[0] * changes[2]).sum()
     if square.sum() == 0:
         raise ValueError("faulty: the fault changes nothing at these positions")
+    common, square = common - alone, square - alone
+    if square.sum() <= 0:
+        raise ValueError("faulty: rounding alone changes as much in its direction; nothing to tell")
     share = common.sum() / square.sum()
     error = np.sqrt(((common - share * square) ** 2).sum()) / square.sum()
     return float(share), float(error)

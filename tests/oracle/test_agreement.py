@@ -136,10 +136,36 @@ def test_the_share_of_a_fault_is_found_below_the_noise(truth):
     assert judge_share(share, error) == ("present" if truth else "absent")
 
 
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+def test_what_rounding_has_in_common_with_a_fault_is_no_share_of_it(truth):
+    """Both make likely tokens less likely: by half as much here as the fault does."""
+    random = np.random.default_rng(8)
+    base = random.normal(0, 2, (4000, 16))
+    fault = -0.2 * base
+    noises = [random.normal(0, 0.2, base.shape) - 0.1 * base for _ in range(2)]
+    sequences = [Sequence(tuple([2] * len(base)), 1)]
+    exact, faulty, rounded, seen = (
+        run(np.exp(one) / np.exp(one).sum(1, keepdims=True), vocab=16, sequences=sequences)
+        for one in (base, base + fault, base + noises[0], base + truth * fault + noises[1])
+    )
+    assert abs(fault_share(exact, faulty, seen)[0] - truth) > 0.4
+    # With the fault and rounding, likely tokens have lost half as much again: 1 + 0.5 - 0.5 = 1,
+    # in units of the fault's half that rounding has not.
+    share, error = fault_share(exact, faulty, seen, rounded)
+    assert abs(share - 2 * truth) < 4 * error + 0.02
+    assert judge_share(share, error) == ("present" if truth else "absent")
+
+
 def test_a_fault_that_changes_nothing_has_no_share():
     one = run([[0.5, 0.25, 0.125, 0.125]])
     with pytest.raises(ValueError, match="changes nothing"):
         fault_share(one, one, one)
+
+
+def test_a_fault_that_rounding_covers_has_no_share():
+    exact, faulty = run([[0.5, 0.25, 0.125, 0.125]]), run([[0.25, 0.5, 0.125, 0.125]])
+    with pytest.raises(ValueError, match="rounding alone changes as much"):
+        fault_share(exact, faulty, exact, faulty)
 
 
 def test_a_share_near_one_half_is_undecided():

@@ -57,6 +57,19 @@ def _attention_scratch_bytes(layer: DeepseekV4MLAAttention, q: torch.Tensor) -> 
     )
 
 
+def _batch_tokens(swa_metadata: DeepseekSparseSWAMetadata) -> int:
+    """Tokens that decode is to choose its launch parameters for.
+
+    Those of the graph that the batch is padded to. On piecewise graphs attention sees the batch as
+    it is; by the same choice it rounds as on a full graph, which it is captured in padded.
+    """
+    descriptor = get_forward_context().batch_descriptor
+    tokens = swa_metadata.num_decode_tokens
+    if descriptor is None or swa_metadata.num_prefills:
+        return tokens
+    return max(tokens, descriptor.num_tokens)
+
+
 class PortableSparseMLAImpl(DeepseekV4FlashMLASparseImpl):
     """Sparse MLA of DeepSeek V4 on the operations of ``vllm_sm12x``."""
 
@@ -135,6 +148,7 @@ class PortableSparseMLAImpl(DeepseekV4FlashMLASparseImpl):
             extra_cache=None if swa_only else kv_cache,
             extra_indices=extra_indices,
             extra_lens=extra_lens,
+            batch_tokens=_batch_tokens(swa_metadata),
         )
 
     @classmethod

@@ -271,9 +271,8 @@ class NaNWorkspace:
 
 def use_context(monkeypatch: pytest.MonkeyPatch, metadata: dict[str, object] | None) -> None:
     for module in (flashmla, adapter):
-        monkeypatch.setattr(
-            module, "get_forward_context", lambda: SimpleNamespace(attn_metadata=metadata)
-        )
+        context = SimpleNamespace(attn_metadata=metadata, batch_descriptor=None)
+        monkeypatch.setattr(module, "get_forward_context", lambda: context)
 
 
 @pytest.fixture(autouse=True)

@@ -303,6 +303,7 @@ class Caller:
             )
 
     def _attend(self, layer: torch.nn.Module, step: Step) -> None:
+        from vllm.forward_context import override_forward_context
         from vllm.models.deepseek_v4.common.ops import fused_q_kv_rmsnorm
 
         latents, q_norm, kv_norm = meta(step.tokens, 1536), meta(1024), meta(512)
@@ -315,6 +316,7 @@ class Caller:
             patch.dict(layer._parameters, attn_sink=_on_meta(layer.attn_sink)),
             patch.object(layer, "topk_indices_buffer", self.topk),
             patch("vllm_sm12x.adapters.sparse_mla.current_workspace_manager", _Workspace),
+            override_forward_context(SimpleNamespace(batch_descriptor=None)),
         ):
             if step.decodes:
                 layer.impl_cls._forward_decode(

@@ -11,6 +11,7 @@ from pages import LatentPages
 from test_sparse_mla import SCALE, Decode, define, rng
 from tolerance import assert_unbiased
 
+from vllm_sm12x.lowering import multiprocessors
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla import config_decode, decode_kernel
 
@@ -67,6 +68,37 @@ def test_numbers_of_heads(heads, splits):
     case = Decode([31], 128, heads=heads, extra_lens=[1], extra_width=60)
     row = config_decode.row(20, heads, 188, "sm_120")
     check(case, row=row, splits=splits)
+
+
+@pytest.mark.parametrize("batch", [12, 40])
+def test_a_row_is_the_same_in_a_batch_that_is_padded(batch):
+    """Three tokens alone would take other programs than three of a batch."""
+    lens, extra_lens = [100, 33, 64], [33, 60, 31]
+    padding = [0] * (batch - len(lens))
+    whole = Decode(lens + padding, 128, extra_lens=extra_lens + padding, extra_width=560)
+    run(whole)
+    heads, keys = whole.q.shape[1], 128 + 560
+    assert chosen(3, heads, keys) != chosen(batch, heads, keys)
+    sets = [(pages.cache, indices[:3], lens[:3]) for pages, indices, lens in whole.sets]
+    out, lse = torch.full_like(whole.out[:3], math.nan), torch.full_like(whole.lse[:3], math.nan)
+    sparse_mla.sparse_mla_decode(
+        whole.q[:3],
+        *sets[0],
+        whole.sink,
+        SCALE,
+        out,
+        *sets[1],
+        lse=lse,
+        batch_tokens=batch,
+        implementation="triton",
+    )
+    assert torch.equal(out, whole.out[:3])
+    assert torch.equal(lse, whole.lse[:3])
+
+
+def chosen(tokens, heads, keys):
+    row = config_decode.row(tokens, heads, keys, "sm_120")
+    return row, config_decode.splits(row, tokens, heads, keys, multiprocessors())
 
 
 @pytest.mark.parametrize("lens", [[1, 31], [32, 65], [100, 128]])

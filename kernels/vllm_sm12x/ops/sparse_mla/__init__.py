@@ -48,6 +48,7 @@ def sparse_mla_decode(
     extra_indices: torch.Tensor | None = None,
     extra_lens: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    batch_tokens: int | None = None,
     implementation: Implementation | None = None,
 ) -> None:
     """Attend to keys in one or two paged ``fp8_ds_mla`` caches, with one softmax over both.
@@ -68,16 +69,20 @@ def sparse_mla_decode(
         extra_lens: int32 ``[T]``, as ``swa_lens``.
         lse: float32 ``[T, H]``, written in place where given: the natural logarithm of
             ``sum_i exp(s_i)`` over both caches, without the sink; ``-inf`` for a token with no key.
+        batch_tokens: The kernels' launch parameters are chosen for so many tokens, ``T`` or more;
+            by default ``T``. By the same choice a row is the same to the last bit.
         implementation: ``"reference"``, or ``"triton"``: kernels that multiply in bfloat16 with
             float32 sums, for the shapes of ``config_decode`` and block sizes that are powers of
             two. None: see :mod:`vllm_sm12x.implementation`.
 
     Raises:
         ValueError: An argument has a wrong dtype, shape, stride or device, or some but not all
-            ``extra`` arguments are given, or ``implementation`` is unknown or has no kernel for
-            the shape.
+            ``extra`` arguments are given, or ``batch_tokens`` is below ``T``, or
+            ``implementation`` is unknown or has no kernel for the shape.
     """
     bound = _check_queries(q, attn_sink, out, lse)
+    if batch_tokens is not None and batch_tokens < q.shape[0]:
+        raise ValueError(f"batch_tokens: {batch_tokens}, allowed: {q.shape[0]} (q's) and more")
     form = choose("sparse_mla_decode", implementation, q.is_cuda)
     check_cache("swa_cache", swa_cache)
     _check_indices("swa_indices", swa_indices, "swa_lens", swa_lens, bound)
@@ -109,7 +114,9 @@ def sparse_mla_decode(
         return
     from vllm_sm12x.ops.sparse_mla import decode_kernel  # here, so that the rest needs no Triton
 
-    decode_kernel.sparse_mla_decode(q, sets, attn_sink, softmax_scale, out, lse)
+    decode_kernel.sparse_mla_decode(
+        q, sets, attn_sink, softmax_scale, out, lse, batch_tokens=batch_tokens
+    )
 
 
 def sparse_mla_prefill(

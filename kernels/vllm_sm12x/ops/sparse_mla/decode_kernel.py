@@ -51,6 +51,7 @@ def sparse_mla_decode(
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
     *,
+    batch_tokens: int | None = None,
     scratch: torch.Tensor | None = None,
     row: config_decode.Row | None = None,
     splits: int | None = None,
@@ -73,12 +74,12 @@ def sparse_mla_decode(
     shifts = [_shift(name, cache) for name, (cache, _, _) in zip(_CACHES, sets, strict=False)]
     keys = sum(indices.shape[1] for _, indices, _ in sets)
     if row is None:
-        row = config_decode.row(tokens, heads, keys, target_key())
+        row = config_decode.row(batch_tokens or tokens, heads, keys, target_key())
     if row.parts:
         for name, (cache, _, _) in zip(_CACHES, sets, strict=False):
             _check_copies(name, cache)
     if splits is None:
-        splits = config_decode.splits(row, tokens, heads, keys, multiprocessors())
+        splits = config_decode.splits(row, batch_tokens or tokens, heads, keys, multiprocessors())
     partial = stats = None
     if splits > 1:
         needed = partial_bytes(tokens, heads, splits)
