@@ -86,7 +86,7 @@ def target_key(capability: tuple[int, int] | None = None) -> str:
 
 
 def launches_overlap(capability: tuple[int, int] | None = None) -> bool:
-    """Whether a kernel can be launched while the one ahead of it ends, and wait for that end itself.
+    """Whether a kernel can start while the one ahead of it ends, and wait for that end itself.
 
     Args:
         capability: By default that of the current GPU. Without one there is nothing to overlap.

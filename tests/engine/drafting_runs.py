@@ -28,8 +28,8 @@ REQUESTS = ((1, 40), (60, 24), (125, 40), (250, 33), (253, 17), (507, 28), (762,
 # decode. A prompt needs more blocks than the same tokens do once they are decoded, so that among
 # long prompts it is the next one that waits, and none that decodes is preempted.
 GROWING = ((5, 150), (8, 150), (11, 150), (14, 150), (17, 150))
-# Fewer than the requests: the others join as some end. Batches of 3 and 5 run in graphs for 4 and 6:
-# there are no full graphs for more requests than this.
+# Fewer than the requests: the others join as some end. Batches of 3 and 5 run in graphs for 4 and
+# 6; there are no full graphs for more requests than this.
 MAX_NUM_SEQS = 6
 GRAPH_REQUESTS = (1, 2, 4, 6)
 MAX_MODEL_LEN = 3072

@@ -39,7 +39,7 @@ def add_path_options(parser: argparse.ArgumentParser) -> None:
         "--kv-memory",
         type=float,
         metavar="GIB",
-        help="of the KV cache, in place of what --memory leaves: for engines side by side on one GPU",
+        help="of the KV cache, in place of what --memory leaves: for engines side by side",
     )
     parser.add_argument("--commit", help="commit to name in the report where git cannot tell")
 

@@ -100,7 +100,7 @@ def fault_share(
     The least-squares share of the fault's change of log-probabilities in the run's, weighted by the
     exact probabilities. Rounding averages out over the positions, so that a fault far below the
     noise of the formats shows; but for what any change has in common, that it makes what was likely
-    less so. Rounding alone has that share of a fault too: it counts as 0 where ``rounded`` is given.
+    less so. Rounding alone has that share of a fault: it counts as 0 where ``rounded`` is given.
 
     Args:
         rounded: The oracle's run with the engine's roundings.

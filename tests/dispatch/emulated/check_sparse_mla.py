@@ -270,8 +270,8 @@ class NaNWorkspace:
 
 
 def use_context(monkeypatch: pytest.MonkeyPatch, metadata: dict[str, object] | None) -> None:
+    context = SimpleNamespace(attn_metadata=metadata, batch_descriptor=None)
     for module in (flashmla, adapter):
-        context = SimpleNamespace(attn_metadata=metadata, batch_descriptor=None)
         monkeypatch.setattr(module, "get_forward_context", lambda: context)
 
 
