@@ -74,6 +74,9 @@ def ask(
     wanted: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.0, **options}
     if stream:
         wanted["stream_options"] = {"include_usage": True}
+        if wanted.get("logprobs"):
+            # A token that has no text yet, as the first byte of a character, comes only so.
+            extra["return_token_ids"] = True
     answer = (client or served.client).chat.completions.create(
         model=served.model,
         messages=[{"role": "user", "content": text}],

@@ -43,6 +43,17 @@ def say(served, script, stream, **options):
     )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_token_has_its_log_probability(served, stream):
+    """Also those that are one byte of a character, and no text by themselves."""
+    script = "Grüße, 港 🙂!"
+    reply = say(served, script, stream, logprobs=True, top_logprobs=2)
+    assert reply.content == script
+    assert len(reply.tokens) == reply.usage.completion_tokens
+    said = [one.token for one in reply.tokens]
+    assert not all(token and token in script for token in said), f"no token is a part: {said}"
+
+
 def invoke(name, **arguments):
     """One call as the model's tool-call format has it."""
 
