@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from capture import record, replay_on_gpu
-from mhc_checks import check_fused, check_head, check_post, check_pre, check_prenorm_gemm
+from mhc_checks import check_fused, check_head, check_our_post, check_pre, check_prenorm_gemm
 from test_mhc import fused_arguments
 from tolerance import assert_unbiased
 
@@ -110,7 +110,7 @@ def test_the_engines_shape_on_a_gpu(lowered, num_tokens):
     found = {name: call(**keywords, **TRITON) for name, (call, keywords) in calls(given).items()}
     check_fused(given, found["fused"])
     check_pre(given, found["pre"])
-    check_post({name: given[name] for name in POST_NAMES}, found["post"])
+    check_our_post({name: given[name] for name in POST_NAMES}, found["post"])
     assert torch.equal(found["post"], found["fused"][0])
     check_head(head_arguments(given), found["head"])
 

@@ -9,7 +9,7 @@ import torch
 from mhc_checks import (
     check_fused,
     check_head,
-    check_post,
+    check_our_post,
     check_pre,
     check_prenorm_gemm,
     define_mix,
@@ -150,8 +150,8 @@ def test_post(num_tokens, hidden, squeezed):
     expected = dict(given)
     if squeezed:
         given["post_layer_mix"] = given["post_layer_mix"].squeeze(-1)
-    check_post(expected, mhc.mhc_post(**given, **TRITON))
-    check_post(expected, launch.mhc_post(**given, config=PostConfig(16, 1)))
+    check_our_post(expected, mhc.mhc_post(**given, **TRITON))
+    check_our_post(expected, launch.mhc_post(**given, config=PostConfig(16, 1)))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 17, 65, 513])
