@@ -123,7 +123,7 @@ def test_the_compressor(portable, head_dim, ratio, setting, kernels, monkeypatch
     taken = triton
     if head_dim == 512 and not portable:
         taken = cute
-    elif head_dim == 512 and ratio == 128 and setting in ("all", "cutedsl"):
+    elif head_dim == 512 and ratio == 128 and setting in ("auto", "all", "cutedsl"):
         taken = ours
     taken.assert_called_once_with(**arguments)
     assert sum(kernel.called for kernel in (cute, triton, ours)) == 1
