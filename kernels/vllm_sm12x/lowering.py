@@ -85,15 +85,9 @@ def target_key(capability: tuple[int, int] | None = None) -> str:
     return "sm_120"
 
 
-def launches_overlap(capability: tuple[int, int] | None = None) -> bool:
-    """Whether a kernel can start while the one ahead of it ends, and wait for that end itself.
-
-    Args:
-        capability: By default that of the current GPU. Without one there is nothing to overlap.
-    """
-    if capability is None:
-        capability = _current_capability()
-    return capability is not None and capability >= _OVERLAP_FROM
+def launches_overlap(capability: tuple[int, int]) -> bool:
+    """Whether a kernel can start while the one ahead of it ends, and wait for that end itself."""
+    return capability >= _OVERLAP_FROM
 
 
 @functools.cache

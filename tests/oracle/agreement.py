@@ -101,6 +101,7 @@ def fault_share(
     exact probabilities. Rounding averages out over the positions, so that a fault far below the
     noise of the formats shows; but for what any change has in common, that it makes what was likely
     less so. Rounding alone has that share of a fault: it counts as 0 where ``rounded`` is given.
+    A run with the fault whose roundings go the same way then has a share above 1.
 
     Args:
         rounded: The oracle's run with the engine's roundings.

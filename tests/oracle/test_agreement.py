@@ -149,8 +149,8 @@ def test_what_rounding_has_in_common_with_a_fault_is_no_share_of_it(truth):
         for one in (base, base + fault, base + noises[0], base + truth * fault + noises[1])
     )
     assert abs(fault_share(exact, faulty, seen)[0] - truth) > 0.4
-    # With the fault and rounding, likely tokens have lost half as much again: 1 + 0.5 - 0.5 = 1,
-    # in units of the fault's half that rounding has not.
+    # In units of the fault's change, rounding has 0.5 and a run with both 1.5: of the half that
+    # rounding has not, that is (1.5 - 0.5) / (1 - 0.5).
     share, error = fault_share(exact, faulty, seen, rounded)
     assert abs(share - 2 * truth) < 4 * error + 0.02
     assert judge_share(share, error) == ("present" if truth else "absent")

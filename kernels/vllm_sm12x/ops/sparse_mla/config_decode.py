@@ -15,7 +15,7 @@ HEADS = (8, 16, 32, 64, 128)
 
 # Upper ends of the classes, both ends inclusive. A launch has 65,535 programs in a row of tokens.
 TOKENS = {"few": 4, "some": 16, "many": 65_535}
-KEYS = {"window": 128, "short": 640, "medium": 1280, "long": 16_384}
+KEYS = {"window": 128, "short": 640, "long": 16_384}
 
 MOST_SPLITS = 64
 

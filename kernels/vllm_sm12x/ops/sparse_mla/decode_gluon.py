@@ -24,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from vllm_sm12x.ops.fp8_ds_mla.layout import DATA_BYTES, HEAD_DIM, NOPE_DIM, ROPE_DIM
+from vllm_sm12x.ops.sparse_mla.softmax_gluon import middle, weigh
 
 _DATA_BYTES = gl.constexpr(DATA_BYTES)
 _HEAD_DIM = gl.constexpr(HEAD_DIM)
@@ -32,8 +33,6 @@ _ROPE_DIM = gl.constexpr(ROPE_DIM)
 _GROUPS = gl.constexpr(HEAD_DIM // ROPE_DIM)
 _LOG2_E = gl.constexpr(math.log2(math.e))
 _LN_2 = gl.constexpr(math.log(2))
-# Binary digits by which the largest score may exceed what exponents are taken from.
-SLACK = gl.constexpr(8.0)
 
 # As in the Triton kernel: no load gets wider by knowing more of these.
 _PLAIN = [
@@ -59,19 +58,6 @@ _PLAIN = [
     "heads",
     "splits",
 ]
-
-
-@gluon.jit
-def middle(x):
-    """``[n]`` as ``[1, n, 1]``."""
-    return gl.expand_dims(gl.expand_dims(x, 0), 2)
-
-
-@gluon.jit
-def any_of_warp(flags, WARPS: gl.constexpr):
-    """int32 ``[WARPS]``: whether one of a warp's heads, 8 and 8 of ``[H]``, has its flag set."""
-    flags = gl.reshape(flags.to(gl.int32), [flags.shape[0] // (8 * WARPS), WARPS, 8])
-    return gl.max(gl.max(flags, 2), 0)
 
 
 @gluon.jit
@@ -388,21 +374,7 @@ def split_kernel(
 
         scores = gl.where(gl.expand_dims(named >= 0, 1), scores * factor, float("-inf"))
         named = _load_slots(tile + 1, last, *chosen, HAS_EXTRA, BLOCK_N, summed_rows)
-        # What the exponents are taken from follows the largest score only when that has left it far
-        # behind: until then nothing is scaled. Weights stay below 2 ** SLACK.
-        now_largest = gl.maximum(largest, gl.max(scores, 0))
-        grown = now_largest > largest + SLACK
-        now_largest = gl.where(grown, now_largest, largest)
-        # Before the first key, exp2(-inf - 0) is 0 where exp2(-inf - -inf) would be NaN.
-        base = gl.where(now_largest == float("-inf"), 0.0, now_largest)
-        shrink = gl.exp2(largest - base)
-        weight = gl.exp2(scores - gl.expand_dims(base, 0))
-        total = total * shrink + gl.sum(weight, 0)
-        largest = now_largest
-        weight = gl.expand_dims(weight.to(gl.bfloat16), 0)
-        weights.store(weight.broadcast_to([PARTS, BLOCK_N, BLOCK_H]))
-        shrinks.store(shrink)
-        grown_warps.store(any_of_warp(grown, HEAD_WARPS))
+        largest, total = weigh(scores, largest, total, weights, shrinks, grown_warps)
         # As late as this: earlier, with 64 heads, they would take registers that the rest needs.
         following_scores = mma_v2(keys.index(following).load(left), queries, nothing)
         scores_of_parts.store(following_scores)

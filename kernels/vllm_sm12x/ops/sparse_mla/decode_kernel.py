@@ -73,13 +73,14 @@ def sparse_mla_decode(
         return
     shifts = [_shift(name, cache) for name, (cache, _, _) in zip(_CACHES, sets, strict=False)]
     keys = sum(indices.shape[1] for _, indices, _ in sets)
+    batch_tokens = batch_tokens or tokens
     if row is None:
-        row = config_decode.row(batch_tokens or tokens, heads, keys, target_key())
+        row = config_decode.row(batch_tokens, heads, keys, target_key())
     if row.parts:
         for name, (cache, _, _) in zip(_CACHES, sets, strict=False):
             _check_copies(name, cache)
     if splits is None:
-        splits = config_decode.splits(row, batch_tokens or tokens, heads, keys, multiprocessors())
+        splits = config_decode.splits(row, batch_tokens, heads, keys, multiprocessors())
     partial = stats = None
     if splits > 1:
         needed = partial_bytes(tokens, heads, splits)

@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from vllm_sm12x.ops.sparse_mla.decode_gluon import SLACK, any_of_warp, middle
+from vllm_sm12x.ops.sparse_mla.softmax_gluon import middle, weigh
 
 _LOG2_E = gl.constexpr(math.log2(math.e))
 _LN_2 = gl.constexpr(math.log(2))
@@ -190,21 +190,7 @@ def prefill_kernel(
 
         scores = gl.where(gl.expand_dims(named >= 0, 1), scores * scale, float("-inf"))
         named = _load_rows(indices_ptr, start + BLOCK_N, count, rows, BLOCK_N, summed_rows)
-        # What the exponents are taken from follows the largest score only when that has left it far
-        # behind: until then nothing is scaled. Weights stay below 2 ** SLACK.
-        now_largest = gl.maximum(largest, gl.max(scores, 0))
-        grown = now_largest > largest + SLACK
-        now_largest = gl.where(grown, now_largest, largest)
-        # No key yet: exp2(-inf - 0) is 0 where exp2(-inf - -inf) would be NaN.
-        shift = gl.where(now_largest == float("-inf"), 0.0, now_largest)
-        shrink = gl.exp2(largest - shift)
-        weight = gl.exp2(scores - gl.expand_dims(shift, 0))
-        total = total * shrink + gl.sum(weight, 0)
-        largest = now_largest
-        weight = gl.expand_dims(weight.to(gl.bfloat16), 0)
-        weights.store(weight.broadcast_to([PARTS, BLOCK_N, BLOCK_H]))
-        shrinks.store(shrink)
-        grown_warps.store(any_of_warp(grown, HEAD_WARPS))
+        largest, total = weigh(scores, largest, total, weights, shrinks, grown_warps)
 
         if gl.max(grown_warps.load(every_thread), 0) > 0:
             acc = acc * middle(shrinks.load(out_heads))
