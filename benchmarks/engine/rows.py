@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from gates.report import receipt
 from stack.errors import StackError
 
 Row = dict[str, Any]
+SETTINGS = ("SM12X_MTP_FULL_GRAPHS",)
 NEEDED = ("kind", "variant", "layers", "tp", "date", "commit", "machine", "command")
 
 
@@ -52,11 +54,14 @@ def about(argv: Sequence[str], commit: str | None) -> Row:
         for name in ("vllm", "torch", "triton")
         if name in found["packages"]
     )
+    # Settings of ours that the caller's environment has, and no option.
+    settings = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name in SETTINGS]
+    words = ["python", "-m", "benchmarks.engine", *map(_without_folder, argv)]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit or found["gates_commit"] or "unknown",
         "machine": f"{gpus}, {versions}",
-        "command": shlex.join(["python", "-m", "benchmarks.engine", *map(_without_folder, argv)]),
+        "command": shlex.join([*settings, *words]),
     }
 
 

@@ -19,6 +19,10 @@ ENGINE = {
     "HF_HUB_OFFLINE": "1",
     # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # vLLM says so itself where a model is spread over GPUs. On one GPU it leaves PyTorch a thread a
+    # core, and each small operation on the CPU waits for all of them: 5 to 11 ms, ten times a step,
+    # seen with 16 virtual cores.
+    "OMP_NUM_THREADS": "1",
 }
 # Settings that a report names.
 _NAMED = ("SM12X_PORTABLE", "SM12X_KERNELS", "SM12X_LOWERING", "SM12X_MTP_FULL_GRAPHS")

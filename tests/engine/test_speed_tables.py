@@ -185,7 +185,16 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
         rows.read([tmp_path / "nowhere"])
 
 
-def test_the_command_names_files_without_their_folders():
+def test_the_command_names_files_without_their_folders(monkeypatch):
+    monkeypatch.delenv("SM12X_MTP_FULL_GRAPHS", raising=False)
     found = rows.about(["--path", "native", "--out", "/a/b/rows.jsonl"], "abc")
     assert found["command"] == "python -m benchmarks.engine --path native --out rows.jsonl"
     assert found["commit"] == "abc"
+
+
+def test_the_command_has_the_setting_of_graphs(monkeypatch):
+    monkeypatch.setenv("SM12X_MTP_FULL_GRAPHS", "always")
+    found = rows.about(["--start-only"], "abc")
+    assert found["command"] == (
+        "SM12X_MTP_FULL_GRAPHS=always python -m benchmarks.engine --start-only"
+    )

@@ -77,6 +77,9 @@ def ask(
         if wanted.get("logprobs"):
             # A token that has no text yet, as the first byte of a character, comes only so.
             extra["return_token_ids"] = True
+    if wanted.get("logprobs"):
+        # By its number: the text of a single byte of a character is that of any other.
+        extra.setdefault("return_tokens_as_token_ids", True)
     answer = (client or served.client).chat.completions.create(
         model=served.model,
         messages=[{"role": "user", "content": text}],
