@@ -41,8 +41,9 @@ def dispatcher(
     method: str | None = "mtp",
     max_num_seqs: int = 8,
     sizes: list[int] = SIZES,
+    drafted: int = 2,
 ) -> object:
-    """vLLM's dispatcher with the keys of an engine with two drafted tokens."""
+    """vLLM's dispatcher with the keys of an engine that drafts."""
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
@@ -54,11 +55,11 @@ def dispatcher(
     compilation.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
     compilation.max_cudagraph_capture_size = sizes[-1]
     if mode != "NONE":
-        compilation.adjust_cudagraph_sizes_for_spec_decode(3, tensor_parallel_size=2)
+        compilation.adjust_cudagraph_sizes_for_spec_decode(1 + drafted, tensor_parallel_size=2)
     compilation.post_init_cudagraph_sizes()
     drafting = None
     if method is not None:
-        drafting = SimpleNamespace(method=method, num_speculative_tokens=2)
+        drafting = SimpleNamespace(method=method, num_speculative_tokens=drafted)
     made = CudagraphDispatcher(
         SimpleNamespace(
             compilation_config=compilation,
@@ -68,7 +69,7 @@ def dispatcher(
             lora_config=None,
         )
     )
-    made.initialize_cudagraph_keys(CUDAGraphMode[mode], 3)
+    made.initialize_cudagraph_keys(CUDAGraphMode[mode], 1 + drafted)
     return made
 
 
@@ -133,10 +134,35 @@ def test_every_portable_operation_must_have_declared_itself_safe(
     assert captured(dispatcher()) == PIECEWISE
 
 
-def test_only_operations_that_exist_are_declared_safe():
+@pytest.mark.parametrize("drafted", [1, 2, 3, 4])
+def test_full_graphs_are_the_default_with_the_drafts_that_were_shown(
+    choose, set_full_graphs, monkeypatch, drafted
+):
     from vllm_sm12x.adapters import mtp
 
-    assert set(NAMES) >= mtp.GRAPH_SAFE
+    sizes = [(1 + drafted) * requests for requests in (1, 2, 4, 8)]
+    both, piecewise = {"PIECEWISE": sizes, "FULL": sizes}, {"PIECEWISE": sizes}
+    choose((12, 0), None)
+    monkeypatch.setattr(mtp, "GRAPH_SAFE", frozenset(NAMES))
+    log = set_full_graphs(None)
+    assert captured(dispatcher(sizes=sizes, drafted=drafted)) == (
+        both if drafted in (1, 2) else piecewise
+    )
+    if drafted > 2:
+        assert log.info_once.call_args.args[-1].endswith(f" with {drafted} drafted tokens")
+    set_full_graphs("always")
+    assert captured(dispatcher(sizes=sizes, drafted=drafted)) == both
+    # Where vLLM's own kernels run, the number does not matter.
+    set_full_graphs(None)
+    choose((9, 0), None)
+    assert captured(dispatcher(sizes=sizes, drafted=drafted)) == both
+
+
+def test_every_operation_is_declared_safe():
+    from vllm_sm12x.adapters import mtp
+
+    assert set(NAMES) == mtp.GRAPH_SAFE
+    assert mtp.GRAPH_SAFE_DRAFTS == {1, 2}
 
 
 @pytest.mark.parametrize("setting", ["auto", "never"])

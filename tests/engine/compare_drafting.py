@@ -43,6 +43,7 @@ DEFAULT_RUNS = (
     "mtp3",
     "mtp3-piecewise",
     "mtp2-eager",
+    "mtp2-async",
     "mtp2-cache",
     "mtp2-chunks",
     "mtp2-preempted",

@@ -46,6 +46,8 @@ LIVELY_TOKENS = 8
 FLAGS = {
     "piecewise": "decode on piecewise CUDA graphs, no full ones",
     "eager": "no CUDA graphs, no torch.compile",
+    "async": "steps scheduled before the last one's end, as vLLM serves; when a request joins then "
+    "depends on the host's pace, and with it how the numbers round",
     "cache": "a prefix cache; the requests are sent a second time",
     "chunks": f"at most {FEW_BATCHED_TOKENS} tokens a step",
     "preempted": "fewer KV blocks than growing answers of mtp0 used, so that some are preempted",
@@ -111,6 +113,7 @@ class Run:
             "max_num_seqs": MAX_NUM_SEQS,
             "enable_prefix_caching": "cache" in self.flags,
             "enforce_eager": "eager" in self.flags,
+            "async_scheduling": "async" in self.flags,
             "compilation_config": compilation,
             "disable_log_stats": False,
             "seed": 0,

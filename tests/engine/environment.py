@@ -20,7 +20,7 @@ ENGINE = {
     # The sampler of FlashInfer compiles with nvcc at run time; a serving machine may have none.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # vLLM says so itself where a model is spread over GPUs. On one GPU it leaves PyTorch a thread a
-    # core, and each small operation on the CPU waits for all of them: 5 to 11 ms, ten times a step,
+    # core, and a small operation on the CPU waits for all of them: 2 to 13 ms, eight times a step,
     # seen with 16 virtual cores.
     "OMP_NUM_THREADS": "1",
 }

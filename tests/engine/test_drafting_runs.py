@@ -73,6 +73,11 @@ def test_full_graphs_are_forced_or_forbidden():
     )
 
 
+def test_batches_are_the_same_each_time_unless_asked_otherwise():
+    assert Run.of("mtp2").options(Path("x"))["async_scheduling"] is False
+    assert Run.of("mtp2-async").options(Path("x"))["async_scheduling"] is True
+
+
 def test_requests_are_the_same_each_time():
     first, second = draw_requests(REQUESTS, 1000), draw_requests(REQUESTS, 1000)
     assert first == second

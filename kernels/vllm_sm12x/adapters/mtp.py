@@ -5,8 +5,9 @@ are proven, warm-up runs take few requests, and the prefix cache keeps what a dr
 Where no operation is portable, and for other models and draft methods, vLLM does what it did.
 
 The environment variable ``SM12X_MTP_FULL_GRAPHS`` says whether decode steps are captured as full
-CUDA graphs: ``auto`` (the default; when every portable operation is in :data:`GRAPH_SAFE`),
-``never`` or ``always``. Without full graphs decode runs on the piecewise ones.
+CUDA graphs: ``auto`` (the default; when every portable operation is in :data:`GRAPH_SAFE` and as
+many tokens are drafted as :data:`GRAPH_SAFE_DRAFTS` names), ``never`` or ``always``. Without full
+graphs decode runs on the piecewise ones.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
 from vllm_sm12x import settings
-from vllm_sm12x.dispatch import portable_operations
+from vllm_sm12x.dispatch import OPERATIONS, portable_operations
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +32,10 @@ ENV = "SM12X_MTP_FULL_GRAPHS"
 SETTINGS = ("auto", "never", "always")
 
 # Operations that declare themselves safe in a full decode graph with MTP: replayed over padded
-# batches, full and piecewise graphs gave identical tokens on a GPU. None has been shown yet. When
-# all have: GRAPH_SAFE = frozenset(dispatch.OPERATIONS).
-GRAPH_SAFE: frozenset[str] = frozenset()
+# batches, full and piecewise graphs gave identical tokens on a GPU (reports/drafting).
+GRAPH_SAFE = frozenset(OPERATIONS)
+# Drafted tokens a step with which that was seen. With three, one answer of 13 parted; see there.
+GRAPH_SAFE_DRAFTS = frozenset({1, 2})
 
 # Requests of a warm-up run. Kernels are compiled for types and not for batch sizes, so that more
 # requests compile nothing more; each costs memory and time at start.
@@ -81,11 +83,15 @@ def skips_full_decode_graphs(vllm_config: VllmConfig, cudagraph_mode: CUDAGraphM
     """
     if not is_deepseek_v4_mtp(vllm_config) or setting() == "always":
         return False
-    unproven = sorted(portable_operations() - GRAPH_SAFE)
+    portable = portable_operations()
+    unproven = sorted(portable - GRAPH_SAFE)
+    drafted = vllm_config.speculative_config.num_speculative_tokens
     if setting() == "never":
         reason = f"{ENV}=never"
     elif unproven:
         reason = f"not shown to replay rightly with MTP: {', '.join(unproven)}"
+    elif portable and drafted not in GRAPH_SAFE_DRAFTS:
+        reason = f"not shown to replay rightly with {drafted} drafted tokens"
     else:
         return False
 
