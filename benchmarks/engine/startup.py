@@ -35,6 +35,8 @@ DETAILS = {
     "graphs_s": r"Graph capturing finished in ([\d.]+) secs",
     "init_engine_s": r"init engine \(.*?\) took ([\d.]+) s",
     "kv_cache_tokens": r"GPU KV cache size: ([\d,]+) tokens",
+    # By processes of their own, whose compilations are in no other figure.
+    "compiled_ahead": r"Compiled (\d+) of \d+ kernels ahead",
 }
 
 # What each toolchain leaves in its cache for one compiled kernel.

@@ -167,7 +167,8 @@ def _starts(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
                 one,
                 number(row["ready_s"]) + _too_slow(one, caches, row["ready_s"]),
                 ratio(row["ready_s"], base, AIMS["cold start"]) if one != BASE else MISSING,
-                str(row["compiled"]),
+                str(row["compiled"])
+                + (f", {row['compiled_ahead']:.0f} beside" if row.get("compiled_ahead") else ""),
                 number(row["compiling_s"]),
                 ", ".join(
                     f"{name} {held['kernels']}"

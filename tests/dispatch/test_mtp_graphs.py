@@ -162,7 +162,7 @@ def test_every_operation_is_declared_safe():
     from vllm_sm12x.adapters import mtp
 
     assert set(NAMES) == mtp.GRAPH_SAFE
-    assert mtp.GRAPH_SAFE_DRAFTS == {1, 2}
+    assert {1, 2} == mtp.GRAPH_SAFE_DRAFTS
 
 
 @pytest.mark.parametrize("setting", ["auto", "never"])

@@ -1,6 +1,7 @@
 """Where the time of a start goes, by a log that is written here line by line."""
 
 import json
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -84,6 +85,20 @@ def test_the_logs_own_figures_are_the_last_ones():
         "kv_cache_tokens": 4_263_077.0,
     }
     assert startup.details("") == {}
+
+
+def test_kernels_that_are_compiled_beside_the_start_are_counted():
+    pytest.importorskip("vllm")
+    from vllm_sm12x.adapters import compile_ahead
+
+    said = Mock()
+    with patch.object(compile_ahead, "logger", said):
+        ahead = compile_ahead.Ahead([])
+        ahead.orders, ahead.processes = [Mock()] * 48, [Mock(returncode=0)]
+        with patch.object(compile_ahead.compile_orders, "results", lambda folder: [("k", "")] * 47):
+            ahead.finish()
+    (call,) = said.info.call_args_list
+    assert startup.details(call.args[0] % call.args[1:]) == {"compiled_ahead": 47.0}
 
 
 def test_a_torn_line_of_the_compile_log_is_left_out(tmp_path):

@@ -25,7 +25,7 @@ _devices = itertools.count(1000)
 
 
 @dataclass(frozen=True)
-class _Driver:
+class Driver:
     """What the making of a key asks of a GPU. Each is another device, with no kernels yet."""
 
     capability: tuple[int, int]
@@ -77,7 +77,7 @@ def recorded(capability: tuple[int, int]) -> Iterator[Keys]:
     keys = Keys()
     lowering.clear_cache()
     with (
-        patch.object(driver, "_active", _Driver(capability)),
+        patch.object(driver, "_active", Driver(capability)),
         patch.object(lowering, "_current_capability", Cached(capability)),
         knobs.runtime.scope(),
         compile_only(capability),

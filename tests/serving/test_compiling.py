@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +17,8 @@ from tests.serving.served import Served
 ACTIVE = "Kernel JIT monitor activated"
 COMPILED = "Triton kernel JIT compilation during inference: "
 TOKENS = 24
+# Ids that every checkpoint here has.
+WORDS = (64, 256)
 SAMPLED = {"temperature": 1.0}
 JSON = {"type": "json_schema", "json_schema": {"name": "light", "schema": SCHEMA}}
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -36,6 +40,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 # Requests at once: one, a few, and as many as the server takes.
 TOGETHER = (1, 3, 8, 16)
+# Tokens of a prompt; and the most that the server takes.
+LENGTHS = (1, 2, 7, 64, 127, 129, 256, 1001, 4095, 8193, 20_000)
 
 
 def compiled(log: str) -> set[str]:
@@ -59,10 +65,35 @@ def ask_for_everything(served: Served) -> None:
                     assert reply.result().usage.completion_tokens > 0
 
 
+def ask_at_all_lengths(served: Served) -> None:
+    """Prompts from one token to the longest, one to eight at once: some are read, others decode."""
+    draw = random.Random(20261129)
+    lengths = itertools.cycle([*LENGTHS, served.max_model_len - TOKENS])
+
+    def one(prompt: list[int]) -> None:
+        answer = served.client.completions.create(
+            model=served.model,
+            prompt=prompt,
+            max_tokens=TOKENS,
+            extra_body={"ignore_eos": True},
+        )
+        usage = answer.usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), TOKENS)
+
+    for together in range(1, 9):
+        prompts = [
+            [draw.randrange(*WORDS) for _ in range(length)]
+            for length in itertools.islice(lengths, together)
+        ]
+        with ThreadPoolExecutor(together) as pool:
+            list(pool.map(one, prompts))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_request_compiles(served):
     ask_for_everything(served)
+    ask_at_all_lengths(served)
     if served.exact:
         pytest.skip("no kernel runs without a GPU; the requests were answered")
     assert compiled(served.said()) == set()

@@ -5,6 +5,9 @@ call, and each row is another compilation. vLLM's own runs before serving reach 
 model says which shapes its layers have, and each operation compiles all rows that these can take.
 Nothing of that is launched, and it takes no memory of the GPU but for the machine code.
 
+On a machine's first rank they are ordered as soon as the weights are there, and compiled beside
+what vLLM then does (``compile_ahead``): little is left here in a start with empty caches.
+
 Upstream's Triton kernels around them have one form each, which a run of a small batch reaches, but
 for one that is compiled for every power of two of requests. Those of the model runner and the
 drafter are in ``warm_up_runner``, those of sampling in ``warm_up_sampling``.
@@ -18,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
     from vllm.v1.worker.gpu_worker import Worker
 
+    from vllm_sm12x.adapters.compile_ahead import Ahead
+    from vllm_sm12x.ops.compile_orders import Order
+
 # Compilations beside each other. A part of each holds Python's lock, so that more gain little.
 MOST_THREADS = 8
 
@@ -43,6 +50,9 @@ MIXED_TOKENS = 16
 
 # vLLM's handlers stand on the logger "vllm", which "vllm_sm12x" does not belong to.
 logger = init_logger("vllm.sm12x.warm_up")
+
+# Processes that compile ahead, from the one seam to the other.
+_ahead: list[Ahead] = []
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,21 @@ class Calls:
         self.by_key.setdefault(key, lambda: function(*arguments))
 
 
+def compile_ahead(worker: Worker) -> None:
+    """Have processes compile our kernels from now on; :func:`warm_up_kernels` ends that.
+
+    Args:
+        worker: A GPU worker whose model is loaded, and whose KV cache need not be there.
+    """
+    # Of the ranks of a machine one, for the cache is one.
+    if not _applies(worker) or worker.local_rank != 0:
+        return
+    from vllm_sm12x.adapters.compile_ahead import Ahead
+
+    operations = portable_operations() & kernel_operations()
+    _ahead.append(Ahead(orders_of(worker, operations, torch.cuda.get_device_capability())))
+
+
 def warm_up_kernels(worker: Worker) -> None:
     """Compile and load the kernels; one line in the log says how many, and in what time.
 
@@ -88,6 +113,8 @@ def warm_up_kernels(worker: Worker) -> None:
     if not _applies(worker):
         return
     start = time.perf_counter()
+    while _ahead:
+        _ahead.pop().finish()
     operations = portable_operations() & kernel_operations()
     kernels = compile_kernels(calls_of(worker, operations, torch.cuda.get_device_capability()))
     load(kernels)
@@ -146,19 +173,71 @@ def calls_of(worker: Worker, operations: frozenset[str], capability: tuple[int, 
         operations: Those whose kernels run.
         capability: Of the GPU.
     """
-    limits = limits_of(worker.vllm_config)
-    calls = Calls(operations, capability)
+    calls = calls_of_operations(worker, operations, capability)
     scheduler = worker.vllm_config.scheduler_config
     window = worker.vllm_config.model_config.hf_config.sliding_window
     calls.add_always(_compile_prefill_metadata, scheduler.max_num_seqs, window)
     if not getattr(worker, "use_v2_model_runner", False):
         add_runner(calls, worker)
         add_sampling(calls, worker)
+    return calls
+
+
+def calls_of_operations(
+    worker: Worker, operations: frozenset[str], capability: tuple[int, int]
+) -> Calls:
+    """Of :func:`calls_of`, those of our operations."""
+    limits = limits_of(worker.vllm_config)
+    calls = Calls(operations, capability)
     for model in _models(worker):
         for module in model.modules():
             for add in _ADD:
                 add(calls, module, limits)
     return calls
+
+
+def orders_of(
+    worker: Worker, operations: frozenset[str], capability: tuple[int, int]
+) -> list[Order]:
+    """Orders of the kernels that the calls of our operations compile."""
+    from vllm_sm12x.ops.compile_orders import take_orders
+
+    with _caches_without_memory(worker.vllm_config):
+        calls = calls_of_operations(worker, operations, capability).by_key.values()
+
+        def make_calls() -> None:
+            for call in calls:
+                call()
+
+        return take_orders(make_calls, capability)
+
+
+@contextmanager
+def _caches_without_memory(vllm_config: Any) -> Iterator[None]:
+    """Give layers that have no KV cache yet one of its form, without memory, in the block.
+
+    Pages that vLLM makes longer, so that groups share them, have other strides, but divisible by 16
+    as these are; no kernel is compiled for more of them than that.
+    """
+    given = []
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        spec = layer.get_kv_cache_spec(vllm_config) if hasattr(layer, "get_kv_cache_spec") else None
+        cache = getattr(layer, "kv_cache", None)
+        if spec is None or not isinstance(cache, torch.Tensor) or cache.numel():
+            continue
+        rows = getattr(spec, "storage_block_size", spec.block_size)
+        blocks, rows, width = layer.get_attn_backend().get_kv_cache_shape(
+            2, rows, 1, spec.head_size, cache_dtype_str=vllm_config.cache_config.cache_dtype
+        )
+        page = spec.page_size_bytes // spec.dtype.itemsize
+        memory = torch.empty(blocks * page, dtype=spec.dtype, device="meta")
+        given.append((layer, cache))
+        layer.kv_cache = memory.as_strided((blocks, rows, width), (page, width, 1))
+    try:
+        yield
+    finally:
+        for layer, cache in given:
+            layer.kv_cache = cache
 
 
 def limits_of(vllm_config: Any) -> Limits:

@@ -30,6 +30,7 @@ from vllm.config import CompilationMode  # noqa: E402
 
 from vllm_sm12x import dispatch  # noqa: E402
 from vllm_sm12x.adapters import warm_up  # noqa: E402
+from vllm_sm12x.ops import compile_orders  # noqa: E402
 
 CAPABILITY = (12, 0)
 OURS = {
@@ -135,6 +136,39 @@ def warmed_up(engine: flash_engine.Engine) -> Keys:
         # Half of the tokens decode, and one prompt has the others.
         caller.make(Step((1,) * (tokens // 2), (tokens - tokens // 2,)))
     return keys
+
+
+@pytest.fixture
+def without_caches(engine) -> Iterator[None]:
+    """The engine as it is when the weights are there and nothing else."""
+    layers = [
+        layer
+        for layer in engine.config.compilation_config.static_forward_context.values()
+        if hasattr(layer, "kv_cache")
+    ]
+    assert len(layers) > 5
+    caches = [layer.kv_cache for layer in layers]
+    for layer in layers:
+        layer.kv_cache = torch.tensor([])
+    yield
+    assert all(layer.kv_cache.numel() == 0 for layer in layers), "left without memory"
+    for layer, cache in zip(layers, caches, strict=True):
+        layer.kv_cache = cache
+
+
+def ordered(engine: flash_engine.Engine) -> set[compile_orders.Order]:
+    operations = warm_up.portable_operations() & warm_up.kernel_operations()
+    with recorded(CAPABILITY):
+        return set(warm_up.orders_of(engine.worker, operations, CAPABILITY))
+
+
+def test_all_kernels_of_ours_are_ordered_before_there_is_a_cache(engine, without_caches):
+    early = ordered(engine)
+    flash_engine.give_caches(engine.config)
+    assert early == ordered(engine)
+    assert {order.name for order in early} == OURS
+    for layer in engine.config.compilation_config.static_forward_context.values():
+        layer.kv_cache = torch.tensor([])
 
 
 def test_no_step_compiles(engine, asked, gpu):

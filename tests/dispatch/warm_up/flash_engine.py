@@ -107,7 +107,7 @@ def start(folder: Path, tp: int) -> Engine:
             _built(config, config.model_config),
             _built(config, config.speculative_config.draft_model_config),
         )
-        _give_caches(config)
+        give_caches(config)
     return engine
 
 
@@ -123,7 +123,7 @@ def _built(config: Any, model_config: Any) -> torch.nn.Module:
     return model
 
 
-def _give_caches(config: Any) -> None:
+def give_caches(config: Any) -> None:
     """Caches with the pages' sizes and distances that the layers' specs name, without memory."""
     for layer in config.compilation_config.static_forward_context.values():
         spec = layer.get_kv_cache_spec(config) if hasattr(layer, "get_kv_cache_spec") else None
