@@ -103,6 +103,16 @@ def test_a_process_that_hangs_is_ended(order, log, monkeypatch):
     assert len(said(log.warning)) == 1
 
 
+@pytest.mark.parametrize(
+    ("cores", "engines", "processes"), [(1, 1, 1), (2, 1, 1), (6, 1, 5), (64, 1, 8), (16, 4, 3)]
+)
+def test_engines_of_a_machine_share_its_cores(monkeypatch, cores, engines, processes):
+    from vllm_sm12x.adapters import compile_ahead
+
+    monkeypatch.setattr(compile_ahead.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert compile_ahead._processes(engines) == processes
+
+
 @pytest.mark.parametrize(("capability", "rank"), [((9, 0), 0), ((12, 0), 1)])
 def test_other_gpus_and_ranks_order_nothing(choose, capability, rank):
     from vllm_sm12x.adapters import warm_up

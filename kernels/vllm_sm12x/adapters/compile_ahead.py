@@ -38,9 +38,11 @@ class Ahead:
 
     Args:
         orders: What to compile; those that Triton's cache has already are left out.
+        engines: That start on this machine and do the same; they share its cores.
     """
 
     orders: list[Order]
+    engines: int = 1
     processes: list[subprocess.Popen] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
@@ -53,7 +55,7 @@ class Ahead:
         words = [sys.executable, "-m", compile_orders.__name__, self._folder.name]
         # They see no GPU, on which each would take memory.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        for _ in range(min(_processes(), len(self.orders))):
+        for _ in range(min(_processes(self.engines), len(self.orders))):
             self.processes.append(
                 subprocess.Popen(
                     words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -95,6 +97,6 @@ class Ahead:
             )
 
 
-def _processes() -> int:
-    """As many as there are cores, but for the one that starts the engine."""
-    return max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1))
+def _processes(engines: int) -> int:
+    """As many as there are cores for each engine, but for the one that starts it."""
+    return max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) // engines - 1))

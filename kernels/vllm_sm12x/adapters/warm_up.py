@@ -101,7 +101,10 @@ def compile_ahead(worker: Worker) -> None:
     from vllm_sm12x.adapters.compile_ahead import Ahead
 
     operations = portable_operations() & kernel_operations()
-    _ahead.append(Ahead(orders_of(worker, operations, torch.cuda.get_device_capability())))
+    orders = orders_of(worker, operations, torch.cuda.get_device_capability())
+    # Each of the machine's data-parallel engines comes here.
+    engines = worker.vllm_config.parallel_config.data_parallel_size_local
+    _ahead.append(Ahead(orders, max(1, engines)))
 
 
 def warm_up_kernels(worker: Worker) -> None:
