@@ -15,6 +15,7 @@ from gates.report import receipt
 from stack.errors import StackError
 
 Row = dict[str, Any]
+# Settings of ours that the caller's environment may have, and no option says.
 SETTINGS = ("SM12X_MTP_FULL_GRAPHS",)
 NEEDED = ("kind", "variant", "layers", "tp", "date", "commit", "machine", "command")
 
@@ -54,8 +55,7 @@ def about(argv: Sequence[str], commit: str | None) -> Row:
         for name in ("vllm", "torch", "triton")
         if name in found["packages"]
     )
-    # Settings of ours that the caller's environment has, and no option.
-    settings = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name in SETTINGS]
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     words = ["python", "-m", "benchmarks.engine", *map(_without_folder, argv)]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests" / "kernels"))
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"
@@ -23,22 +18,12 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def order(tmp_path, monkeypatch):
     """A kernel that an empty cache has not."""
-    from launch_keys import Driver
-    from triton.runtime import driver
-
-    from vllm_sm12x.ops.compile_orders import take_orders
-    from vllm_sm12x.ops.mhc.warm_up import warm_up_head
-
-    def meta(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, device="meta")
+    from kernel_orders import small_order
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     package = Path(importlib.util.find_spec("vllm_sm12x").origin).parents[1]
     monkeypatch.setenv("PYTHONPATH", str(package))
-    with patch.object(driver, "_active", Driver((12, 0))):
-        return take_orders(
-            lambda: warm_up_head(1, meta(4, 2048), meta(1), meta(4), (12, 0)), (12, 0)
-        )[0]
+    return small_order()
 
 
 @pytest.fixture
@@ -71,11 +56,11 @@ def test_orders_are_worked_off(order, log):
 
 
 def test_a_kernel_that_fails_is_named(order, log):
+    from kernel_orders import broken
+
     from vllm_sm12x.adapters.compile_ahead import Ahead
 
-    wrong = replace(order, specialization=order.specialization.replace('"*fp32"', '"*fp7"'))
-    assert wrong != order
-    ahead = Ahead([wrong])
+    ahead = Ahead([broken(order)])
     ahead.finish()
     (line,) = said(log.warning)
     assert line.startswith(f"{order.name} was not compiled ahead and is compiled here: ")

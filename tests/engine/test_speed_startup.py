@@ -92,11 +92,14 @@ def test_kernels_that_are_compiled_beside_the_start_are_counted():
     from vllm_sm12x.adapters import compile_ahead
 
     said = Mock()
-    with patch.object(compile_ahead, "logger", said):
-        ahead = compile_ahead.Ahead([])
-        ahead.orders, ahead.processes = [Mock()] * 48, [Mock(returncode=0)]
-        with patch.object(compile_ahead.compile_orders, "results", lambda folder: [("k", "")] * 47):
-            ahead.finish()
+    order = Mock(is_compiled=Mock(return_value=False))
+    with (
+        patch.object(compile_ahead, "logger", said),
+        patch.object(compile_ahead.subprocess, "Popen", lambda *_, **__: Mock(returncode=0)),
+        patch.object(compile_ahead.compile_orders, "write"),
+        patch.object(compile_ahead.compile_orders, "results", lambda folder: [("k", "")] * 47),
+    ):
+        compile_ahead.Ahead([order] * 48).finish()
     (call,) = said.info.call_args_list
     assert startup.details(call.args[0] % call.args[1:]) == {"compiled_ahead": 47.0}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from kernel_orders import broken, meta, small_order
 from launch_keys import Cached, Driver
 from triton import knobs
 from triton.runtime import driver
@@ -26,10 +26,6 @@ from vllm_sm12x.ops.mhc import warm_up as mhc_warm_up
 from vllm_sm12x.ops.sparse_mla import warm_up as sparse_mla_warm_up
 
 KERNELS = Path(compile_orders.__file__).resolve().parents[2]
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def make_calls(capability: tuple[int, int]) -> Callable[[], None]:
@@ -89,22 +85,11 @@ def test_what_another_process_compiles_is_found(capability, tmp_path):
     assert len({id(kernel) for kernel in compilation.kernels}) == len(orders)
 
 
-def broken(order: Order) -> Order:
-    """The same kernel, for an argument of a type that there is not."""
-    said = json.loads(order.specialization)
-    name = next(name for name, kind in said["signature"].items() if kind.startswith("*"))
-    said["signature"][name] = "*fp7"
-    return replace(order, specialization=json.dumps(said))
-
-
 @pytest.fixture
 def one(tmp_path, monkeypatch) -> Order:
-    """An order that takes little time."""
+    """An order that an empty cache has not."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    with patch.object(driver, "_active", Driver((12, 0))):
-        return take_orders(
-            lambda: mhc_warm_up.warm_up_head(1, meta(4, 2048), meta(1), meta(4), (12, 0)), (12, 0)
-        )[0]
+    return small_order()
 
 
 def test_a_failure_is_told_and_the_others_are_compiled(one, tmp_path):

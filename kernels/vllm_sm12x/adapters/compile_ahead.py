@@ -43,14 +43,14 @@ class Ahead:
 
     orders: list[Order]
     engines: int = 1
-    processes: list[subprocess.Popen] = field(default_factory=list)
-    began: float = field(default_factory=time.perf_counter)
+    processes: list[subprocess.Popen] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        self._began = time.perf_counter()
         self.orders = [order for order in self.orders if not order.is_compiled()]
-        self._folder = tempfile.TemporaryDirectory(prefix="vllm-sm12x-orders-")
         if not self.orders:
             return
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm-sm12x-orders-")
         compile_orders.write(Path(self._folder.name), self.orders)
         words = [sys.executable, "-m", compile_orders.__name__, self._folder.name]
         # They see no GPU, on which each would take memory.
@@ -65,7 +65,6 @@ class Ahead:
     def finish(self) -> None:
         """Wait for the processes and say what came of it: a line, and one for each failure."""
         if not self.processes:
-            self._folder.cleanup()
             return
         until = time.monotonic() + PATIENCE_S
         for process in self.processes:
@@ -85,7 +84,7 @@ class Ahead:
             done,
             len(self.orders),
             len(self.processes),
-            time.perf_counter() - self.began,
+            time.perf_counter() - self._began,
         )
         failed = [process.returncode for process in self.processes if process.returncode]
         if failed:

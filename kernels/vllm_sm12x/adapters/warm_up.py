@@ -88,6 +88,11 @@ class Calls:
         key = (function, *map(_describe, arguments))
         self.by_key.setdefault(key, lambda: function(*arguments))
 
+    def make(self) -> None:
+        """Make every call, where nothing is launched."""
+        for call in self.by_key.values():
+            call()
+
 
 def compile_ahead(worker: Worker) -> None:
     """Have processes compile our kernels from now on; :func:`warm_up_kernels` ends that.
@@ -206,13 +211,7 @@ def orders_of(
     from vllm_sm12x.ops.compile_orders import take_orders
 
     with _caches_without_memory(worker.vllm_config):
-        calls = calls_of_operations(worker, operations, capability).by_key.values()
-
-        def make_calls() -> None:
-            for call in calls:
-                call()
-
-        return take_orders(make_calls, capability)
+        return take_orders(calls_of_operations(worker, operations, capability).make, capability)
 
 
 @contextmanager
@@ -269,12 +268,10 @@ def compile_kernels(calls: Calls) -> list[CompiledKernel]:
         compile_only(calls.capability),
         AsyncCompileMode(pool),
     ):
-        for call in calls.by_key.values():
-            call()
+        calls.make()
     # Once more: now the kernels are there, and Triton files each under all that calls can ask for.
     with compile_only(calls.capability) as compilation:
-        for call in calls.by_key.values():
-            call()
+        calls.make()
     return list({id(kernel): kernel for kernel in compilation.kernels}.values())
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from triton import compile as triton_compile
 from triton import knobs
+from triton import language as tl
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -165,8 +166,6 @@ def work_off(folder: Path) -> None:
 
 
 def _constant(value: Any) -> Any:
-    from triton import language as tl
-
     if tl.dtype.is_dtype(value):
         return tl.dtype(value)
     if isinstance(value, dict) and "constexpr" in value:

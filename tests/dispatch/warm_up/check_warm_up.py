@@ -139,8 +139,8 @@ def warmed_up(engine: flash_engine.Engine) -> Keys:
 
 
 @pytest.fixture
-def without_caches(engine) -> Iterator[None]:
-    """The engine as it is when the weights are there and nothing else."""
+def without_caches(engine) -> Iterator[list[torch.nn.Module]]:
+    """The layers of the engine as they are when the weights are there and nothing else."""
     layers = [
         layer
         for layer in engine.config.compilation_config.static_forward_context.values()
@@ -150,8 +150,7 @@ def without_caches(engine) -> Iterator[None]:
     caches = [layer.kv_cache for layer in layers]
     for layer in layers:
         layer.kv_cache = torch.tensor([])
-    yield
-    assert all(layer.kv_cache.numel() == 0 for layer in layers), "left without memory"
+    yield layers
     for layer, cache in zip(layers, caches, strict=True):
         layer.kv_cache = cache
 
@@ -164,11 +163,10 @@ def ordered(engine: flash_engine.Engine) -> set[compile_orders.Order]:
 
 def test_all_kernels_of_ours_are_ordered_before_there_is_a_cache(engine, without_caches):
     early = ordered(engine)
+    assert all(layer.kv_cache.numel() == 0 for layer in without_caches), "left without memory"
     flash_engine.give_caches(engine.config)
     assert early == ordered(engine)
     assert {order.name for order in early} == OURS
-    for layer in engine.config.compilation_config.static_forward_context.values():
-        layer.kv_cache = torch.tensor([])
 
 
 def test_no_step_compiles(engine, asked, gpu):
