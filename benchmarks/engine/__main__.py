@@ -81,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--profile", type=Path, metavar="FOLDER", help="trace some steps too; the traces go there"
     )
+    p.add_argument(
+        "--profile-prompts",
+        type=numbers,
+        default=plan.profile_prompts,
+        help="lengths of the prompts that --profile traces (default: 8192)",
+    )
     p.add_argument("--memory", type=float, default=0.9, help="share of a GPU's memory")
     p.add_argument("--max-num-seqs", type=int, default=8, help="(default: 8)")
     p.add_argument("--commit", help="commit to name in the rows where git cannot tell")
@@ -207,6 +213,7 @@ async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
                             repeats=args.repeats,
                             random=args.random,
                             requests=args.requests,
+                            profile_prompts=args.profile_prompts,
                         )
                     )
         except OutOfTime as error:

@@ -36,7 +36,7 @@ class Plan:
     """What to measure: lengths in tokens.
 
     ``random`` has the concurrencies of the 8K/1K table, of ``requests`` each; ``profile`` those of
-    the traced decode.
+    the traced decode, ``profile_prompts`` the prompts that are traced.
     """
 
     ttft: tuple[int, ...] = (1024, 8192, 32768, 124_000)
@@ -49,7 +49,8 @@ class Plan:
     random_tokens: int = 1024
     requests: int = 16
     profile: tuple[int, ...] = (1, 8)
-    profile_prompt: int = 8192
+    profile_context: int = 8192
+    profile_prompts: tuple[int, ...] = (8192,)
 
 
 class Growth:
@@ -141,7 +142,8 @@ class Bench:
         if self.traces is not None:
             for concurrency in plan.profile:
                 await self.profile_decode(concurrency, plan)
-            await self.profile_prefill(plan)
+            for length in plan.profile_prompts:
+                await self.profile_prefill(length)
 
     async def first_requests(self) -> None:
         """The first request after the start, and another like it."""
@@ -195,11 +197,11 @@ class Bench:
         growth = Growth(concurrency)
         ended = asyncio.gather(
             *(
-                self.ask(plan.profile_prompt, PROFILE_TOKENS, growth.arrived)
+                self.ask(plan.profile_context, PROFILE_TOKENS, growth.arrived)
                 for _ in range(concurrency)
             )
         )
-        begun = {"of": "decode", "concurrency": concurrency, "context": plan.profile_prompt}
+        begun = {"of": "decode", "concurrency": concurrency, "context": plan.profile_context}
         if await _first(growth.by(2), ended):
             await self._trace("start")
             slept = asyncio.create_task(asyncio.sleep(PROFILE_S))
@@ -210,12 +212,12 @@ class Bench:
                 raise Failed("profile of decode: the answers ended before the profiler had begun")
         self._profiled(begun, await ended)
 
-    async def profile_prefill(self, plan: Plan) -> None:
+    async def profile_prefill(self, length: int) -> None:
         """Trace the chunks of one prompt."""
         await self._trace("start")
-        answer = await self.ask(plan.profile_prompt, 1)
+        answer = await self.ask(length, 1)
         await self._trace("stop")
-        self._profiled({"of": "prefill", "prompt_tokens": plan.profile_prompt}, [answer])
+        self._profiled({"of": "prefill", "prompt_tokens": length}, [answer])
 
     async def _trace(self, action: str) -> None:
         """Start or stop the server's profiler; at the stop it writes its trace."""

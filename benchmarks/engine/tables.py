@@ -274,12 +274,12 @@ def _profiles(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
     """Where a step's time goes, by operation, and what the largest would gain at their roof."""
     parts = []
     cells = {
-        (row["variant"], row["of"], row.get("concurrency", 0)): row
+        (row["variant"], row["of"], row.get("concurrency", row.get("prompt_tokens"))): row
         for row in rows
         if row["kind"] == "profile"
     }
-    for one, of, concurrency in sorted(cells, key=lambda key: (key[1:], variants.index(key[0]))):
-        row = cells[(one, of, concurrency)]
+    for one, of, size in sorted(cells, key=lambda key: (key[1:], variants.index(key[0]))):
+        row = cells[(one, of, size)]
         roofs = _roofs(row)
         lines = []
         for place, share in enumerate(row["shares"]):
@@ -299,9 +299,9 @@ def _profiles(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
                 ]
             )
         what = (
-            f"a decode step at concurrency {concurrency}, {row['context']:,} tokens behind each"
+            f"a decode step at concurrency {size}, {row['context']:,} tokens behind each"
             if of == "decode"
-            else f"a chunk of a prompt of {row['prompt_tokens']:,} tokens"
+            else f"a chunk of a prompt of {size:,} tokens"
         )
         head = ["operation", "µs", "share", "launches", "at the roof, µs", "gain of the step"]
         parts.append(

@@ -2,14 +2,20 @@
 
 ``--native`` adds TileLang's kernels as vLLM calls them, with DeepGEMM's product where it is
 supported and without; that needs the whole of vLLM, and TileLang compiles for minutes. ``--try``
-times launch parameters that are not in the tables as well.
+times launch parameters that are not in the tables as well. ``--first-call`` times the first call of
+each, with empty caches, before all else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -173,15 +179,64 @@ def bench(tokens: int, arguments, report: harness.Report) -> None:
     )
 
 
+def first_calls(tokens: Sequence[int], arguments, report: harness.Report) -> None:
+    """Seconds of the first call at each number of tokens: compiling, loading, running.
+
+    In this order, so that what a number of tokens shares with those before it is not counted again.
+    """
+    names = arguments.lowering or harness.LOWERINGS
+    calls = [(name, functools.partial(ours_of, name)) for name in names]
+    if arguments.native:
+        calls.append(("", tilelang(True)))
+    for name, call in calls:
+        for number in tokens:
+            given = draw(number, 0)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            call(given)
+            torch.cuda.synchronize()
+            report.rows(
+                [
+                    dict(
+                        op="mhc first call",
+                        tokens=number,
+                        lowering=name,
+                        candidate="tables" if name else "TileLang, DeepGEMM",
+                        seconds=round(time.perf_counter() - began, 3),
+                    )
+                ]
+            )
+
+
+def ours_of(lowering_name: str, given: Inputs) -> None:
+    """What the tables choose, in one lowering."""
+    with harness.use_lowering(lowering_name):
+        ours(given, configs(lowering.target_key(), len(given[0])))
+
+
+@contextlib.contextmanager
+def empty_caches() -> Iterator[None]:
+    """Folders of its own for what Triton, TileLang and DeepGEMM compile."""
+    names = ("TRITON_CACHE_DIR", "TILELANG_CACHE_DIR", "DG_JIT_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            os.environ[name] = str(Path(folder) / name.lower())
+        yield
+
+
 def main() -> None:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--native", action="store_true", help="TileLang's kernels too")
     parser.add_argument("--try", dest="trying", action="store_true", help="time more rows")
     parser.add_argument("--tokens", type=int, action="append", help="may be repeated")
+    parser.add_argument("--first-call", action="store_true", help="time first calls too")
     arguments = parser.parse_args()
     report = harness.Report(arguments)
-    for tokens in arguments.tokens or TOKENS:
-        bench(tokens, arguments, report)
+    with empty_caches() if arguments.first_call else contextlib.nullcontext():
+        if arguments.first_call:
+            first_calls(arguments.tokens or TOKENS, arguments, report)
+        for tokens in arguments.tokens or TOKENS:
+            bench(tokens, arguments, report)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ ENGINE = {
     # seen with 16 virtual cores.
     "OMP_NUM_THREADS": "1",
 }
+# Of an engine over several GPUs, on any of them. SM12x has no fused all-reduce and norm; on Hopper
+# it would compile at run time, on memory that is shared by multicast.
+TP_COMPILATION = {"pass_config": {"fuse_allreduce_rms": False}}
 # Settings that a report names.
 _NAMED = ("SM12X_PORTABLE", "SM12X_KERNELS", "SM12X_LOWERING", "SM12X_MTP_FULL_GRAPHS")
 

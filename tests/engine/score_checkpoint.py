@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from environment import (  # noqa: E402
+    TP_COMPILATION,
     add_path_options,
     commit,
     machine,
@@ -61,7 +62,8 @@ def start(args: argparse.Namespace, longest: int) -> Any:
         enable_prefix_caching=False,
         enforce_eager=args.eager,
         compilation_config={
-            "cudagraph_capture_sizes": [n for n in (1, 2, 4, 8) if n <= args.together]
+            "cudagraph_capture_sizes": [n for n in (1, 2, 4, 8) if n <= args.together],
+            **(TP_COMPILATION if args.tp > 1 else {}),
         },
         max_logprobs=MOST_KEPT,
         logits_processors=["tests.engine.forced_tokens:ForcedTokens"],

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.engine.environment import ENGINE, LOWERINGS, PATHS
+from tests.engine.environment import ENGINE, LOWERINGS, PATHS, TP_COMPILATION
 
 HOST = "127.0.0.1"
 MODEL_NAME = "deepseek-v4-made"
@@ -56,6 +56,7 @@ class Serve:
             *("--max-num-seqs", str(self.max_num_seqs)),
             *("--max-num-batched-tokens", str(self.max_num_batched_tokens)),
             *("--tensor-parallel-size", str(self.tp)),
+            *(("--compilation-config", json.dumps(TP_COMPILATION)) if self.tp > 1 else ()),
             *("--gpu-memory-utilization", str(self.memory)),
             *("--tokenizer-mode", "deepseek_v4"),
             *("--tool-call-parser", "deepseek_v4", "--enable-auto-tool-choice"),

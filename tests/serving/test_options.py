@@ -46,6 +46,13 @@ def test_drafting_and_the_prefix_cache_can_be_left_out():
     assert "--enable-prefix-caching" not in served
 
 
+def test_over_several_gpus_a_hopper_gpu_takes_no_fusion_that_sm12x_has_not():
+    flag = "--compilation-config"
+    assert flag not in options(Serve(Path("m"), 1).command())
+    served = options(Serve(Path("m"), 1, tp=2).command())
+    assert served[flag] == {"pass_config": {"fuse_allreduce_rms": False}}
+
+
 def test_a_path_has_its_variables():
     portable = variables("portable", "all", "sm120")
     assert (portable["SM12X_PORTABLE"], portable["SM12X_KERNELS"]) == ("all", "all")
