@@ -2,25 +2,24 @@
 
 ``--native`` adds TileLang's kernels as vLLM calls them, with DeepGEMM's product where it is
 supported and without; that needs the whole of vLLM, and TileLang compiles for minutes. ``--try``
-times launch parameters that are not in the tables as well. ``--first-call`` times the first call of
-each, with empty caches, before all else.
+times launch parameters that are not in the tables as well. ``--first-call FOLDER``
+times the first call of each instead, and compiles into that new folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import harness
 from benchmarks.contest import contest, relative_error
+from benchmarks.engine import startup
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.mhc import launch, reference
 from vllm_sm12x.ops.mhc.config import FinishConfig, MixConfig, configs
@@ -214,29 +213,24 @@ def ours_of(lowering_name: str, given: Inputs) -> None:
         ours(given, configs(lowering.target_key(), len(given[0])))
 
 
-@contextlib.contextmanager
-def empty_caches() -> Iterator[None]:
-    """Folders of its own for what Triton, TileLang and DeepGEMM compile."""
-    names = ("TRITON_CACHE_DIR", "TILELANG_CACHE_DIR", "DG_JIT_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            os.environ[name] = str(Path(folder) / name.lower())
-        yield
-
-
 def main() -> None:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--native", action="store_true", help="TileLang's kernels too")
     parser.add_argument("--try", dest="trying", action="store_true", help="time more rows")
     parser.add_argument("--tokens", type=int, action="append", help="may be repeated")
-    parser.add_argument("--first-call", action="store_true", help="time first calls too")
+    parser.add_argument(
+        "--first-call", type=Path, metavar="FOLDER", help="time first calls, and nothing else"
+    )
     arguments = parser.parse_args()
     report = harness.Report(arguments)
-    with empty_caches() if arguments.first_call else contextlib.nullcontext():
-        if arguments.first_call:
-            first_calls(arguments.tokens or TOKENS, arguments, report)
-        for tokens in arguments.tokens or TOKENS:
-            bench(tokens, arguments, report)
+    if arguments.first_call:
+        if not startup.is_cold(arguments.first_call):
+            parser.error(f"--first-call {arguments.first_call}: holds files, allowed: a new folder")
+        os.environ.update(startup.make(arguments.first_call))
+        first_calls(arguments.tokens or TOKENS, arguments, report)
+        return
+    for tokens in arguments.tokens or TOKENS:
+        bench(tokens, arguments, report)
 
 
 if __name__ == "__main__":
