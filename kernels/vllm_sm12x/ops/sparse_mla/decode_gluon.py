@@ -67,24 +67,34 @@ def _load_slots(
     swa_tiles,
     swa_indices,
     swa_count,
-    swa_capacity,
     extra_indices,
     extra_count,
-    extra_capacity,
     HAS_EXTRA: gl.constexpr,
     BLOCK_N: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """Slots that a tile names, int32 ``[BLOCK_N]``; -1 for none, and for all from ``last`` on."""
-    indices, count, capacity, start = swa_indices, swa_count, swa_capacity, tile * BLOCK_N
+    """Slots that a tile names, int32 ``[BLOCK_N]``; -1 beyond its keys, and from ``last`` on.
+
+    They are looked at where they are used, a round later: to compare them here would be to wait.
+    """
+    indices, count, start = swa_indices, swa_count, tile * BLOCK_N
     if HAS_EXTRA:  # noqa: SIM102 (one is known when compiling, one is not)
         if tile >= swa_tiles:
-            indices, count, capacity = extra_indices, extra_count, extra_capacity
+            indices, count = extra_indices, extra_count
             start = (tile - swa_tiles) * BLOCK_N
     entry = start + gl.arange(0, BLOCK_N, layout=layout)
     inside = (entry < count) & (tile < last)
-    slot = gl.load(indices + gl.where(inside, entry, 0), mask=inside, other=-1)
-    return gl.where((slot >= 0) & (slot < capacity), slot, -1)
+    return gl.load(indices + gl.where(inside, entry, 0), mask=inside, other=-1)
+
+
+@gluon.jit
+def _is_slot(slot, tile, swa_tiles, swa_capacity, extra_capacity, HAS_EXTRA: gl.constexpr):
+    """Which of a tile's slots are in their cache."""
+    capacity = swa_capacity
+    if HAS_EXTRA:  # noqa: SIM102 (one is known when compiling, one is not)
+        if tile >= swa_tiles:
+            capacity = extra_capacity
+    return (slot >= 0) & (slot < capacity)
 
 
 @gluon.jit
@@ -96,15 +106,17 @@ def _start_copy(
     swa_cache,
     swa_page_bytes,
     swa_shift,
+    swa_capacity,
     extra_cache,
     extra_page_bytes,
     extra_shift,
+    extra_capacity,
     HAS_EXTRA: gl.constexpr,
     codes_layout: gl.constexpr,
     part_layout: gl.constexpr,
     scales_layout: gl.constexpr,
 ):
-    """Start to copy the keys in ``slot`` (``[n]``, -1: none) as they lie; zeros for none.
+    """Start to copy the keys in ``slot`` (``[n]``) as they lie; zeros where that is no slot.
 
     ``raw`` is shared memory: codes uint8 ``[n, 512]``, of which the last 64 stay as they are,
     rotated part bfloat16 ``[n, 512 / PARTS]``, of which the last 64 are written, and exponents
@@ -115,7 +127,7 @@ def _start_copy(
     if HAS_EXTRA:  # noqa: SIM102 (one is known when compiling, one is not)
         if tile >= swa_tiles:
             cache, page_bytes, shift = extra_cache, extra_page_bytes, extra_shift
-    valid = slot >= 0
+    valid = _is_slot(slot, tile, swa_tiles, swa_capacity, extra_capacity, HAS_EXTRA)
     slot = gl.where(valid, slot, 0)
     page = (slot >> shift).to(gl.int64) * page_bytes
     within = slot & ((1 << shift) - 1)
@@ -187,6 +199,24 @@ def _make_keys(
             last = last.broadcast_to([AT_ONCE, rows, columns])
             value = gl.where(is_last & (column >= columns - _ROPE_DIM), last, value)
         keys.slice(first, AT_ONCE, dim=0).store(value)
+
+
+@gluon.jit
+def _places(first_head, heads, shape: gl.constexpr, layout: gl.constexpr):
+    """Of ``[PARTS, BLOCK_H, n]``: each head, 0 for one beyond ``heads``; whether it is one; each
+    column."""
+    head = first_head + gl.arange(0, shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    # Made anew in each place: what the compiler finds to be the same it keeps in registers.
+    head = gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [head], dtype=gl.int32, is_pure=False, pack=1
+    )
+    part = gl.arange(0, shape[0], layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    column = gl.arange(0, shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+    column = gl.expand_dims(gl.expand_dims(column, 0), 0)
+    part = gl.expand_dims(gl.expand_dims(part, 1), 2)
+    inside = middle(head < heads)
+    head = middle(gl.where(head < heads, head, 0)).to(gl.int64)
+    return head, inside, part * (_HEAD_DIM // shape[0]) + column
 
 
 @gluon.jit(do_not_specialize=_PLAIN)
@@ -274,6 +304,11 @@ def split_kernel(
     first_head = gl.program_id(0) * BLOCK_H
     split = gl.program_id(1)
     token = gl.program_id(2).to(gl.int64)
+    # Asked for before all else, whose addresses come from memory, one from another.
+    whole: gl.constexpr = [PARTS, BLOCK_H, COLUMNS]
+    head, inside, column = _places(first_head, heads, whole, blocked)
+    loaded = gl.load(q + token * q_token + head * q_head + column, mask=inside, other=0.0)
+
     swa_count = gl.minimum(gl.load(swa_lens + token * swa_lens_stride), swa_width)
     swa_tiles = (gl.maximum(swa_count, 0) + BLOCK_N - 1) // BLOCK_N
     swa_indices += token * swa_row
@@ -290,19 +325,19 @@ def split_kernel(
         swa_tiles,
         swa_indices,
         swa_count,
-        swa_capacity,
         extra_indices,
         extra_count,
-        extra_capacity,
     )
     caches = (
         swa_tiles,
         swa_cache,
         swa_page_bytes,
         swa_shift,
+        swa_capacity,
         extra_cache,
         extra_page_bytes,
         extra_shift,
+        extra_capacity,
     )
 
     codes = gl.allocate_shared_memory(gl.uint8, [2, BLOCK_N, _HEAD_DIM], plain)
@@ -316,15 +351,8 @@ def split_kernel(
         )
 
     # The queries go through shared memory that the keys have later, and stay in registers.
-    head = first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocked)))
-    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, blocked)))
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(0, blocked)))
-    column = gl.expand_dims(gl.expand_dims(part, 1), 2) * COLUMNS + gl.expand_dims(
-        gl.expand_dims(column, 0), 0
-    )
-    row = middle(gl.where(head < heads, head, 0)).to(gl.int64) * q_head
-    staged = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK_H, COLUMNS], swizzled)
-    staged.store(gl.load(q + token * q_token + row + column, mask=middle(head < heads), other=0.0))
+    staged = gl.allocate_shared_memory(gl.bfloat16, whole, swizzled)
+    staged.store(loaded)
     queries = staged.permute((0, 2, 1)).load(right)
 
     keys = gl.allocate_shared_memory(gl.bfloat16, [3, PARTS, BLOCK_N, COLUMNS], swizzled)
@@ -358,7 +386,10 @@ def split_kernel(
     factor = scale * _LOG2_E
     acc = gl.zeros([PARTS, BLOCK_H, COLUMNS], gl.float32, layout=product)
     largest = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=summed_heads)
-    total = gl.zeros([BLOCK_H], gl.float32, layout=summed_heads)
+    if BLOCK_H <= 32:
+        total = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=gl.SliceLayout(0, summed))
+    else:
+        total = gl.zeros([BLOCK_H], gl.float32, layout=summed_heads)
     now = 0
     following = 1
     free = 2
@@ -372,7 +403,8 @@ def split_kernel(
         )
         slot = _load_slots(tile + 5, last, *chosen, HAS_EXTRA, BLOCK_N, copied_rows)
 
-        scores = gl.where(gl.expand_dims(named >= 0, 1), scores * factor, float("-inf"))
+        is_key = _is_slot(named, tile, swa_tiles, swa_capacity, extra_capacity, HAS_EXTRA)
+        scores = gl.where(gl.expand_dims(is_key, 1), scores * factor, float("-inf"))
         named = _load_slots(tile + 1, last, *chosen, HAS_EXTRA, BLOCK_N, summed_rows)
         largest, total = weigh(scores, largest, total, weights, shrinks, grown_warps)
         # As late as this: earlier, with 64 heads, they would take registers that the rest needs.
@@ -390,29 +422,26 @@ def split_kernel(
         free = spare
         copied = 1 - copied
     async_copy.wait_group(0)
+    if BLOCK_H <= 32:
+        total = gl.sum(total, 0)
 
     head = first_head + gl.arange(0, BLOCK_H, layout=summed_heads)
     head_inside = head < heads
     head = gl.where(head_inside, head, 0)
-    row = first_head + gl.arange(0, BLOCK_H, layout=out_heads)
-    row_inside = middle(row < heads)
-    row = middle(gl.where(row < heads, row, 0)).to(gl.int64)
-    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, product)))
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(0, product)))
-    column = gl.expand_dims(gl.expand_dims(part, 1), 2) * COLUMNS + gl.expand_dims(
-        gl.expand_dims(column, 0), 0
-    )
+    # A product leaves a thread two columns side by side. Through shared memory it comes to 16 bytes
+    # that it can write at once.
     if ONE_SPLIT:
         sink_score = gl.load(sink + head * sink_stride, mask=head_inside, other=0.0) * _LOG2_E
         # Overflows to infinity for a large sink: its share of the result is then 0, rightly.
         # (Without a key, -inf takes the place of NaN; the result is 0 by the line after.)
         base = gl.where(total == 0.0, 0.0, largest)
         share = gl.where(total == 0.0, 0.0, 1.0 / (total + gl.exp2(sink_score - base)))
-        result = acc * middle(gl.convert_layout(share, out_heads))
+        result = (acc * middle(gl.convert_layout(share, out_heads))).to(gl.bfloat16)
+        row, inside, column = _places(first_head, heads, whole, blocked)
         gl.store(
             out + token * out_token + row * out_head + column,
-            result.to(gl.bfloat16),
-            mask=row_inside,
+            gl.convert_layout(result, blocked),
+            mask=inside,
         )
         if HAS_LSE:
             gl.store(
@@ -421,10 +450,20 @@ def split_kernel(
                 mask=head_inside,
             )
     else:
-        place = (token * heads + head) * splits + split
-        gl.store(stats + place * 2, largest, mask=head_inside)
-        gl.store(stats + place * 2 + 1, total, mask=head_inside)
+        entry = (token * heads + head) * splits + split
+        gl.store(stats + entry * 2, largest, mask=head_inside)
+        gl.store(stats + entry * 2 + 1, total, mask=head_inside)
         # A split without a key leaves its sum unwritten; the combine step does not read it.
         if first < last:
-            target = (token * heads + row) * splits + split
-            gl.store(partial + target * _HEAD_DIM + column, acc, mask=row_inside)
+            # In halves: all of 64 heads have no place in shared memory.
+            HALF: gl.constexpr = COLUMNS // 2
+            half_lanes: gl.constexpr = min(32, HALF // 4)
+            halves: gl.constexpr = gl.BlockedLayout(
+                [1, 1, 4], [1, 32 // half_lanes, half_lanes], [1, WARPS, 1], [2, 1, 0]
+            )
+            row, exists, place = _places(first_head, heads, [PARTS, BLOCK_H, HALF], halves)
+            target = partial + ((token * heads + row) * splits + split) * _HEAD_DIM + place
+            pairs = gl.permute(gl.reshape(acc, [PARTS, BLOCK_H, 2, HALF]), (0, 1, 3, 2))
+            first_half, second_half = gl.split(pairs)
+            gl.store(target, gl.convert_layout(first_half, halves), mask=exists)
+            gl.store(target + HALF, gl.convert_layout(second_half, halves), mask=exists)

@@ -40,18 +40,25 @@ VARIABLE = [
 
 
 @gluon.jit
-def _load_rows(indices_ptr, start, count, rows, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """Rows of ``kv`` that the tile at ``start`` names, int32 ``[BLOCK_N]``; -1 for none."""
+def _load_rows(indices_ptr, start, count, BLOCK_N: gl.constexpr, layout: gl.constexpr):
+    """Rows of ``kv`` that the tile at ``start`` names, int32 ``[BLOCK_N]``; -1 beyond ``count``.
+
+    They are looked at where they are used, a round later: to compare them here would be to wait.
+    """
     entry = start + gl.arange(0, BLOCK_N, layout=layout)
     inside = entry < count
-    row = gl.load(indices_ptr + gl.where(inside, entry, 0), mask=inside, other=-1)
-    return gl.where((row >= 0) & (row < rows), row, -1)
+    return gl.load(indices_ptr + gl.where(inside, entry, 0), mask=inside, other=-1)
 
 
 @gluon.jit
-def _start_copy(keys, kv_ptr, kv_stride, row, column):
-    """Start to copy rows of ``kv`` to shared memory ``[PARTS, n, columns]``; zeros for -1."""
-    named = row >= 0
+def _is_row(row, rows):
+    return (row >= 0) & (row < rows)
+
+
+@gluon.jit
+def _start_copy(keys, kv_ptr, kv_stride, row, rows, column):
+    """Start to copy rows of ``kv`` to shared memory ``[PARTS, n, columns]``; zeros for no row."""
+    named = _is_row(row, rows)
     pointers = kv_ptr + middle(gl.where(named, row, 0).to(gl.int64) * kv_stride) + column
     async_copy.async_copy_global_to_shared(keys, pointers, mask=middle(named))
     async_copy.commit_group()
@@ -127,10 +134,10 @@ def prefill_kernel(
 
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, PARTS, BLOCK_N, COLUMNS], swizzled)
     for i in gl.static_range(STAGES - 1):
-        row = _load_rows(indices_ptr, i * BLOCK_N, count, rows, BLOCK_N, copied_rows)
-        _start_copy(keys.index(i), kv_ptr, kv_stride, row, column)
-    row = _load_rows(indices_ptr, (STAGES - 1) * BLOCK_N, count, rows, BLOCK_N, copied_rows)
-    named = _load_rows(indices_ptr, 0, count, rows, BLOCK_N, summed_rows)
+        row = _load_rows(indices_ptr, i * BLOCK_N, count, BLOCK_N, copied_rows)
+        _start_copy(keys.index(i), kv_ptr, kv_stride, row, rows, column)
+    row = _load_rows(indices_ptr, (STAGES - 1) * BLOCK_N, count, BLOCK_N, copied_rows)
+    named = _load_rows(indices_ptr, 0, count, BLOCK_N, summed_rows)
 
     # The queries go through shared memory that scores and weights have later, in halves of each
     # part's columns, so that they fit beside the keys.
@@ -172,7 +179,7 @@ def prefill_kernel(
     scale = softmax_scale * _LOG2_E
     acc = gl.zeros([PARTS, BLOCK_H, COLUMNS], gl.float32, layout=product)
     largest = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=summed_heads)
-    total = gl.zeros([BLOCK_H], gl.float32, layout=summed_heads)
+    totals = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=gl.SliceLayout(0, summed))
     now = 0
     free = STAGES - 1
     for start in range(0, count, BLOCK_N):
@@ -184,13 +191,13 @@ def prefill_kernel(
         scores = gl.sum(scores_of_parts.load(summed), 0)
         # Here, where the barrier of the scores has just ended every use of the memory and that of
         # the weights is still to come, the copy needs no barrier of its own.
-        _start_copy(keys.index(free), kv_ptr, kv_stride, row, column)
-        ahead = start + STAGES * BLOCK_N
-        row = _load_rows(indices_ptr, ahead, count, rows, BLOCK_N, copied_rows)
+        _start_copy(keys.index(free), kv_ptr, kv_stride, row, rows, column)
+        row = _load_rows(indices_ptr, start + STAGES * BLOCK_N, count, BLOCK_N, copied_rows)
 
-        scores = gl.where(gl.expand_dims(named >= 0, 1), scores * scale, float("-inf"))
-        named = _load_rows(indices_ptr, start + BLOCK_N, count, rows, BLOCK_N, summed_rows)
-        largest, total = weigh(scores, largest, total, weights, shrinks, grown_warps)
+        is_key = gl.expand_dims(_is_row(named, rows), 1)
+        scores = gl.where(is_key, scores * scale, float("-inf"))
+        named = _load_rows(indices_ptr, start + BLOCK_N, count, BLOCK_N, summed_rows)
+        largest, totals = weigh(scores, largest, totals, weights, shrinks, grown_warps)
 
         if gl.max(grown_warps.load(every_thread), 0) > 0:
             acc = acc * middle(shrinks.load(out_heads))
@@ -200,6 +207,7 @@ def prefill_kernel(
         free = gl.where(free + 1 == STAGES, 0, free + 1)
     async_copy.wait_group(0)
 
+    total = gl.sum(totals, 0)
     # The sink joins the denominator alone. Against a very large one the share is 1 / inf = 0.
     summed_head = first_head + gl.arange(0, BLOCK_H, layout=summed_heads)
     summed_inside = summed_head < HEADS

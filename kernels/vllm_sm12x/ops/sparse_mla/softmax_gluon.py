@@ -35,7 +35,9 @@ def weigh(scores, largest, total, weights, shrinks, grown_warps):
     Args:
         scores: float32 ``[n, H]``; ``-inf`` where there is no key.
         largest: float32 ``[H]``: what the exponents are taken from; ``-inf`` before the first key.
-        total: float32 ``[H]``: sum of the weights before.
+        total: float32 ``[H]``: sum of the weights before. Or ``[n, H]``, where there are registers
+            for it: a sum for each row of a tile, to be added up at the end, which spares the
+            shuffles between threads in every round.
         weights: bfloat16 ``[PARTS, n, H]`` in shared memory: the weights, for each part alike.
         shrinks: float32 ``[H]`` in shared memory: by what to scale sums made before.
         grown_warps: int32 in shared memory, one for each warp with heads of its own: whether one of
@@ -51,7 +53,10 @@ def weigh(scores, largest, total, weights, shrinks, grown_warps):
     base = gl.where(now_largest == float("-inf"), 0.0, now_largest)
     shrink = gl.exp2(largest - base)
     weight = gl.exp2(scores - gl.expand_dims(base, 0))
-    total = total * shrink + gl.sum(weight, 0)
+    if len(total.shape) == 2:
+        total = total * gl.expand_dims(shrink, 0) + weight
+    else:
+        total = total * shrink + gl.sum(weight, 0)
     weight = gl.expand_dims(weight.to(gl.bfloat16), 0)
     weights.store(weight.broadcast_to(weights.shape))
     shrinks.store(shrink)
