@@ -14,8 +14,8 @@ TARGETS = ("sm_120", "sm_121", "sm_90")
 HEADS = (8, 16, 32, 64, 128)
 
 # Upper ends of the classes, both ends inclusive. A launch has 65,535 programs in a row of tokens.
-TOKENS = {"few": 4, "some": 16, "many": 65_535}
-KEYS = {"window": 128, "short": 640, "long": 16_384}
+TOKENS = {"one": 1, "few": 4, "some": 16, "many": 65_535}
+KEYS = {"window": 128, "short": 640, "long": 2_304, "longest": 16_384}
 
 MOST_SPLITS = 64
 
@@ -58,19 +58,32 @@ _TRITON_32 = Row(block_h=32, block_n=32)
 
 # The Gluon kernel. A program of 16 heads has little to read and to write, and four times as many
 # of them share the keys of few tokens; one of 64 makes a key bfloat16 once for all heads, which
-# pays where there are many keys to each.
+# pays where there are many keys to each: for a few tokens from some thousand keys on.
 _GLUON_16 = Row(block_h=16, block_n=16, parts=4)
 _GLUON_32 = Row(block_h=32, block_n=16, parts=4)
 _GLUON_64 = Row(block_h=64, block_n=16, parts=4)
 
 
+_FEW = ("one", "few")
+
+
 def _triton(heads: int, tokens: str) -> Row:
-    return _TRITON_32 if heads >= 32 and tokens != "few" else _TRITON_16
+    return _TRITON_32 if heads >= 32 and tokens not in _FEW else _TRITON_16
+
+
+def _few(heads: int, keys: str, tokens: str) -> Row:
+    if keys == "longest" and heads >= 64:
+        return _GLUON_32 if tokens == "one" else _GLUON_64
+    if tokens == "few" and (keys == "longest" or (keys == "long" and heads >= 64)):
+        return _GLUON_32
+    return _GLUON_16
 
 
 def _gluon(heads: int, keys: str, tokens: str) -> Row:
-    if heads <= 16 or tokens == "few":
+    if heads <= 16:
         return _GLUON_16
+    if tokens in _FEW:
+        return _few(heads, keys, tokens)
     if tokens == "some" and keys in ("window", "short"):
         return _GLUON_16 if (heads, keys) == (32, "short") else _GLUON_32
     return _GLUON_32 if heads == 32 else _GLUON_64
