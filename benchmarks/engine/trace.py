@@ -38,7 +38,7 @@ NAMES = tuple(
         ("mxfp4_experts", r"[Mm]arlin|fused_moe|moe_sum|moe_mul_sum|mul_sum_kernel"),
         ("routing", r"moe_align|count_and_sort|topk_softplus|topk_hash|grouped_topk|router_gemm"),
         ("indexer top-k", r"persistent_topk|[Tt]op_?[Kk]_?[Pp]er_?[Rr]ow|radix_topk|FilteredTopK"),
-        ("KV gather", r"[Gg]ather_?[kK]"),
+        ("KV gather", r"[Gg]ather_?[kK](?!ernel)"),
         ("compressor, caches", r"compress|save_partial_states|insert_k|indexer_k_quant"),
         (
             "indices, metadata",

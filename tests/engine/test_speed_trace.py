@@ -77,6 +77,7 @@ def test_a_step_is_the_mean_of_the_traced_ones():
         ("_fused_q_kv_rmsnorm_kernel", "norms, rotary, quantisation"),
         ("_save_partial_states_kernel", "compressor, caches"),
         ("_dequantize_and_gather_k_kernel", "KV gather"),
+        ("void at::native::vectorized_gather_kernel<16, long>", "PyTorch"),
         ("void vllm::cp_gather_indexer_k_quant_cache_kernel<8>", "compressor, caches"),
         ("_combine_topk_swa_indices_kernel", "indices, metadata"),
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "communication"),
