@@ -44,6 +44,7 @@ DEFAULT_RUNS = (
     "mtp3-piecewise",
     "mtp2-eager",
     "mtp2-async",
+    "mtp2-unordered",
     "mtp2-cache",
     "mtp2-chunks",
     "mtp2-preempted",

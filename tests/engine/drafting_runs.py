@@ -48,6 +48,8 @@ FLAGS = {
     "eager": "no CUDA graphs, no torch.compile",
     "async": "steps scheduled before the last one's end, as vLLM serves; when a request joins then "
     "depends on the host's pace, and with it how the numbers round",
+    "unordered": "the indexer's entries in the order in which upstream's top-k writes them, as in "
+    "serving; it differs from pass to pass, and with it how the numbers round",
     "cache": "a prefix cache; the requests are sent a second time",
     "chunks": f"at most {FEW_BATCHED_TOKENS} tokens a step",
     "preempted": "fewer KV blocks than growing answers of mtp0 used, so that some are preempted",
@@ -223,7 +225,10 @@ def run(name: str, folder: Path, memory: dict[str, Any], blocks: int | None) -> 
     from vllm import LLM
 
     import made_weights  # noqa: F401  registers the loader
+    import selection_order
 
+    if "unordered" not in what.flags:
+        selection_order.install()
     return answers_of(name, LLM(**what.options(folder, blocks), **memory))
 
 

@@ -96,10 +96,11 @@ def test_a_fork_within_the_noise_holds_but_is_not_identical():
     assert failing(runs) == ["mtp2-piecewise: exactly the tokens of mtp2 (mixed)"]
 
 
-def test_runs_whose_batches_differ_need_not_have_the_same_tokens():
+@pytest.mark.parametrize("flag", ["async", "unordered"])
+def test_runs_whose_batches_or_sums_differ_need_not_have_the_same_tokens(flag):
     parted = answer({6: -0.6, 5: -0.75}, {9: -1.0})
-    runs = {"mtp0": base(), "mtp2-async": result({"mixed": [PLAIN, PLAIN]})}
-    runs["mtp2-piecewise-async"] = result({"mixed": [PLAIN, parted]})
+    runs = {"mtp0": base(), f"mtp2-{flag}": result({"mixed": [PLAIN, PLAIN]})}
+    runs[f"mtp2-piecewise-{flag}"] = result({"mixed": [PLAIN, parted]})
     assert failing(runs) == []
 
 
