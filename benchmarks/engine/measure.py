@@ -241,7 +241,7 @@ class Bench:
             raise Failed(f"the profiler left no trace of {key['of']} in {self.traces}")
         self._read.update(found)
         try:
-            seen = trace.profile(trace.load(found[0]))
+            seen = trace.profile(trace.load(found[0]), key["of"])
         except ValueError as error:
             raise Failed(f"profile of {key['of']}: {error}") from error
         self.rows.add("profile", **key, **seen.record())

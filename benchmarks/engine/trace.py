@@ -20,7 +20,7 @@ OPS = Path(__file__).resolve().parents[2] / "kernels" / "vllm_sm12x" / "ops"
 OTHER = "other"
 ON_THE_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 # vLLM's worker names each step's span so: requests and tokens in prefill, then in decode.
-_STEP = re.compile(r"^execute_context_\d+\(\d+\)_generation_\d+\(\d+\)$")
+_STEP = re.compile(r"^execute_context_(?P<prefill>\d+)\(\d+\)_generation_(?P<decode>\d+)\(\d+\)$")
 
 # Names of kernels that are not ours, the first that fits. FlashMLA, DeepGEMM, TileLang, Marlin,
 # CUTLASS and cuBLAS on the native path; vLLM's own, Triton's and PyTorch's on both.
@@ -129,16 +129,20 @@ def load(path: Path) -> list[dict[str, Any]]:
     return [event for event in events if event.get("ph") == "X"]
 
 
-def profile(events: Sequence[dict[str, Any]]) -> Profile:
+def profile(events: Sequence[dict[str, Any]], of: str) -> Profile:
     """The mean step of a trace.
+
+    Args:
+        of: ``"prefill"`` or ``"decode"``: what a step must do to count. Scheduled ahead, a step or
+            two have nothing left to do; they are short.
 
     Raises:
         ValueError: It holds no step, or no kernel.
     """
-    steps = sum(
-        event.get("cat") == "user_annotation" and bool(_STEP.match(event["name"]))
-        for event in events
-    )
+    named = [
+        _STEP.match(event["name"]) for event in events if event.get("cat") == "user_annotation"
+    ]
+    steps = sum(found is not None and int(found[of]) > 0 for found in named)
     ran = [event for event in events if event.get("cat") in ON_THE_GPU]
     if not steps or not ran:
         raise ValueError(f"a trace of {steps} steps and {len(ran)} kernels says nothing of a step")

@@ -31,7 +31,7 @@ EVENTS = [
 
 
 def test_a_step_is_the_mean_of_the_traced_ones():
-    found = trace.profile(EVENTS)
+    found = trace.profile(EVENTS, "decode")
     assert found.steps == 2
     # 10 to 150; 10-40, 50-52, 110-140, 145-150 covered.
     assert (found.span_us, found.busy_us, found.sum_us) == (70.0, 33.5, 38.5)
@@ -108,6 +108,16 @@ def test_a_trace_is_read_packed_or_not(tmp_path):
     assert trace.load(plain) == trace.load(packed) == EVENTS
 
 
+def test_steps_without_a_token_of_the_prompt_are_no_chunks():
+    """Three of a prompt, the last with an answer's token, and two that were scheduled ahead."""
+    spans = ["1(4096)_generation_0(0)"] * 2 + ["1(8)_generation_1(3)", "0(0)_generation_1(3)"]
+    spans.append("0(0)_generation_0(0)")
+    steps = [EVENTS[0] | {"cat": "user_annotation", "name": f"execute_context_{s}"} for s in spans]
+    kernels = [one for one in EVENTS if one["cat"] != "user_annotation"]
+    assert trace.profile([*steps, *kernels], "prefill").steps == 3
+    assert trace.profile([*steps, *kernels], "decode").steps == 2
+
+
 @pytest.mark.parametrize("said", [b"{}", b"no", b'{"traceEvents": 3}'])
 def test_a_file_that_is_no_trace_is_named(tmp_path, said):
     path = tmp_path / "a.json"
@@ -118,9 +128,9 @@ def test_a_file_that_is_no_trace_is_named(tmp_path, said):
 
 def test_a_trace_without_steps_or_kernels_says_so():
     with pytest.raises(ValueError, match="0 steps and 5 kernels"):
-        trace.profile([one for one in EVENTS if one["name"] != STEP])
+        trace.profile([one for one in EVENTS if one["name"] != STEP], "decode")
     with pytest.raises(ValueError, match="2 steps and 0 kernels"):
-        trace.profile([one for one in EVENTS if one["cat"] == "user_annotation"])
+        trace.profile([one for one in EVENTS if one["cat"] == "user_annotation"], "decode")
 
 
 def test_what_a_decode_step_must_read():

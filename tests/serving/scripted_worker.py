@@ -25,6 +25,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.tokenizers import get_tokenizer
 from vllm.v1.outputs import DraftTokenIds, LogprobsLists, ModelRunnerOutput
+from vllm.v1.utils import compute_iteration_details
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
@@ -71,7 +72,7 @@ class ScriptedWorker(WorkerBase):
         self.words = range(self.vocab_size // 2, self.vocab_size)
         self.requests: dict[str, Spoken] = {}
         self.drafts: dict[str, list[int]] = {}
-        self.traced = 0
+        self.traced: list[str] = []
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """Every layer's of DeepSeek V4 Flash, whatever the checkpoint's width."""
@@ -107,7 +108,11 @@ class ScriptedWorker(WorkerBase):
         if not scheduled.total_num_scheduled_tokens:
             return ModelRunnerOutput(req_ids=[], req_id_to_index={})
         self.scheduled = scheduled
-        self.traced += 1
+        did = compute_iteration_details(scheduled)
+        self.traced.append(
+            f"execute_context_{did.num_ctx_requests}({did.num_ctx_tokens})"
+            f"_generation_{did.num_generation_requests}({did.num_generation_tokens})"
+        )
         self._meet()
         return None
 
@@ -149,17 +154,17 @@ class ScriptedWorker(WorkerBase):
     def profile(self, is_start: bool = True, profile_prefix: str | None = None) -> None:
         """Leave a trace of as many steps as there were, of one kernel each; nothing is timed."""
         if is_start:
-            self.traced = 0
+            self.traced = []
             return
         folder = Path(self.vllm_config.profiler_config.torch_profiler_dir)
         events = []
-        for number in range(self.traced):
+        for number, name in enumerate(self.traced):
             step = {"ph": "X", "cat": "user_annotation", "ts": 10.0 * number, "dur": 9.0}
-            events.append(step | {"name": "execute_context_0(0)_generation_1(3)"})
+            events.append(step | {"name": name})
             kernel = {"ph": "X", "cat": "kernel", "ts": 10.0 * number + 1, "dur": 5.0}
             events.append(kernel | {"name": "paged_logits_kernel"})
-        name = f"tp{self.rank}_rank{self.rank}.{time.time_ns()}.pt.trace.json"
-        (folder / name).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+        file = f"tp{self.rank}_rank{self.rank}.{time.time_ns()}.pt.trace.json"
+        (folder / file).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
 
     def _meet(self) -> None:
         """Wait for the other ranks, as an all-reduce of NCCL does: for ever, where one is dead."""
