@@ -31,14 +31,8 @@ INPUT_SETS = 4
 
 # What `--try` times, each with as many splits as fill the GPU, half as many and twice as many.
 TILINGS = (
-    config_decode.Row(16, 32),
     config_decode.Row(16, 16, parts=4),
-    config_decode.Row(16, 16, parts=4, num_warps=4),
-    config_decode.Row(32, 32),
-    config_decode.Row(32, 16, parts=2),
     config_decode.Row(32, 16, parts=4),
-    config_decode.Row(32, 16, parts=4, num_warps=4),
-    config_decode.Row(64, 16, parts=2),
     config_decode.Row(64, 16, parts=4),
 )
 
