@@ -1,4 +1,4 @@
-"""The page in a real browser without a network, where there is one (Debian: ``chromium``)."""
+"""The page in a real browser without a network, where there is one (Debian: ``chromium``, GitHub's runners: ``google-chrome``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from PIL import Image
 from gates.report import html
 from tests.gates.test_report import made
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 # The first two colours of the plots' lines, and the green of a passed gate.
 BLUE, ORANGE, GREEN = (31, 119, 180), (255, 127, 14), (216, 240, 223)
 
