@@ -16,7 +16,7 @@ from stack.errors import StackError
 
 Row = dict[str, Any]
 # Settings of ours that the caller's environment may have, and no option says.
-SETTINGS = ("SM12X_MTP_FULL_GRAPHS",)
+SETTINGS = ("SM12X_MTP_FULL_GRAPHS", "SM12X_EXPERT_ACTIVATIONS")
 NEEDED = ("kind", "variant", "layers", "tp", "date", "commit", "machine", "command")
 
 

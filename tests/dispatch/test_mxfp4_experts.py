@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -251,6 +252,95 @@ def experts(config: object) -> object:
     return SM12xMxfp4Experts(moe_config(), config)
 
 
+def apply(
+    kernel: object,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+    workspaces: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    on_input: bool = False,
+) -> None:
+    """As vLLM calls it, with the packed weights."""
+    weights = packed_weights()
+    kernel.apply(
+        output=out,
+        hidden_states=x,
+        w1=weights["w13"],
+        w2=weights["w2"],
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        activation=kernel.moe_config.activation,
+        global_num_experts=EXPERTS if expert_map is None else len(expert_map),
+        expert_map=expert_map,
+        a1q_scale=None,
+        a2_scale=None,
+        workspace13=workspaces[0],
+        workspace2=workspaces[1],
+        expert_tokens_meta=None,
+        apply_router_weight_on_input=on_input,
+    )
+
+
+@pytest.fixture
+def activations(cuda, monkeypatch):
+    """Set ``SM12X_EXPERT_ACTIVATIONS``; ``None`` unsets it."""
+    from vllm_sm12x.adapters.mxfp4_experts import ENV, expert_activations
+
+    def set_to(value: str | None) -> None:
+        if value is None:
+            monkeypatch.delenv(ENV, raising=False)
+        else:
+            monkeypatch.setenv(ENV, value)
+        expert_activations.cache_clear()
+
+    yield set_to
+    expert_activations.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("value", "format"),
+    [(None, "bfloat16"), ("", "bfloat16"), ("auto", "bfloat16"), ("bfloat16", "bfloat16")]
+    + [("float8", "float8")],
+)
+def test_activations_come_in_the_format_of_the_setting(activations, monkeypatch, value, format):
+    """In a call, and in what is compiled before the first one."""
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoE
+
+    from vllm_sm12x.adapters import mxfp4_experts, warm_up
+
+    activations(value)
+    kernel = experts(quant_config())
+    monkeypatch.setattr(mxfp4_experts, "mxfp4_experts", called := Mock())
+    x, ids = torch.zeros(2, HIDDEN, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int32)
+    apply(kernel, x, torch.ones(2, 1), ids, torch.empty_like(x))
+    assert called.call_args.kwargs["activations"] == format
+
+    layer = FusedMoE.__new__(FusedMoE)
+    torch.nn.Module.__init__(layer)
+    weights = packed_weights()
+    layer.w13_weight, layer.w2_weight = weights["w13"], weights["w2"]
+    layer.top_k, layer.apply_router_weight_on_input = 2, False
+    layer._expert_map, layer.rocm_aiter_fmoe_enabled = None, False
+    layer.quant_method = SimpleNamespace(
+        moe_kernel=SimpleNamespace(fused_experts=kernel), topk_indices_dtype=None
+    )
+    calls = warm_up.Calls(frozenset({"mxfp4_experts"}), (12, 0))
+    warm_up._add_experts(calls, layer, warm_up.Limits(8, 8, 8))
+    ((_, *arguments),) = calls.by_key
+    assert [one for one in arguments if isinstance(one, str)] == [format]
+
+
+def test_a_format_that_is_none_is_refused(activations):
+    from vllm_sm12x.adapters.mxfp4_experts import expert_activations
+
+    activations("int8")
+    message = "SM12X_EXPERT_ACTIVATIONS='int8' is not allowed; allowed: auto, bfloat16, float8"
+    with pytest.raises(ValueError, match=message):
+        expert_activations()
+
+
 @pytest.mark.parametrize("name", ["w1_bias", "w2_bias"])
 def test_a_bias_is_an_error(cuda, name):
     config = quant_config(**{name: torch.zeros(EXPERTS, 8)})
@@ -295,7 +385,6 @@ def test_apply_equals_the_definition(form, limit, on_input, mapped):
     x = torch.randn(5, HIDDEN, generator=generator).to(torch.bfloat16)
     topk_ids = torch.randint(0, EXPERTS, (5, top_k), generator=generator).int()
     topk_weights = torch.rand(5, top_k, generator=generator) + 0.25
-    weights = packed_weights()
     expert_map, here = None, topk_ids
     if mapped:
         # Experts 0 and 2 of six live elsewhere; the rest are 3, 0, 1, 2 here.
@@ -317,23 +406,8 @@ def test_apply_equals_the_definition(form, limit, on_input, mapped):
         activation=kernel.moe_config.activation,
     )
     assert shapes[2] == (5, HIDDEN)
-    kernel.apply(
-        output=out,
-        hidden_states=x,
-        w1=weights["w13"],
-        w2=weights["w2"],
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        activation=kernel.moe_config.activation,
-        global_num_experts=6 if mapped else EXPERTS,
-        expert_map=expert_map,
-        a1q_scale=None,
-        a2_scale=None,
-        workspace13=torch.empty(shapes[0]),
-        workspace2=torch.empty(shapes[1]),
-        expert_tokens_meta=None,
-        apply_router_weight_on_input=on_input,
-    )
+    workspaces = (torch.empty(shapes[0]), torch.empty(shapes[1]))
+    apply(kernel, x, topk_weights, topk_ids, out, expert_map, workspaces, on_input)
     expected = definition(x, topk_weights, here, limit, on_input)
     scale = expected.abs().amax()
     # The inner result may round to the other neighbour in bfloat16, and the sum rounds once.

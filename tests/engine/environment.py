@@ -28,7 +28,13 @@ ENGINE = {
 # it would compile at run time, on memory that is shared by multicast.
 TP_COMPILATION = {"pass_config": {"fuse_allreduce_rms": False}}
 # Settings that a report names.
-_NAMED = ("SM12X_PORTABLE", "SM12X_KERNELS", "SM12X_LOWERING", "SM12X_MTP_FULL_GRAPHS")
+_NAMED = (
+    "SM12X_PORTABLE",
+    "SM12X_KERNELS",
+    "SM12X_LOWERING",
+    "SM12X_MTP_FULL_GRAPHS",
+    "SM12X_EXPERT_ACTIVATIONS",
+)
 
 
 def add_path_options(parser: argparse.ArgumentParser) -> None:

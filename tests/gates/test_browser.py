@@ -1,4 +1,4 @@
-"""The page in a real browser without a network, where there is one (Debian: ``chromium``, GitHub's runners: ``google-chrome``)."""
+"""The page in a real browser without a network, where there is one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image
 from gates.report import html
 from tests.gates.test_report import made
 
+# As Debian and as GitHub's runners name it.
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 # The first two colours of the plots' lines, and the green of a passed gate.

@@ -173,6 +173,7 @@ def experts(
     intermediate: int = 1024,
     ids: torch.dtype = I32,
     mapped: bool = False,
+    activations: str = "bfloat16",
 ) -> Case:
     hidden, top_k = 4096, 6
     weights = (
@@ -194,12 +195,13 @@ def experts(
                 rows(tokens, hidden, dtype=BF16),
                 swiglu_limit=10.0,
                 expert_map=expert_map,
+                activations=activations,
                 implementation="triton",
             )
 
     return (
         lambda: experts_warm_up.warm_up(
-            MOST_TOKENS, top_k, ids, weights, 10.0, False, expert_map, capability
+            MOST_TOKENS, top_k, ids, weights, 10.0, False, expert_map, activations, capability
         ),
         calls(),
     )
@@ -207,6 +209,10 @@ def experts(
 
 def half_of_the_experts(capability: tuple[int, int]) -> Case:
     return experts(capability, 128, 2048, torch.int64, mapped=True)
+
+
+def experts_of_float8(capability: tuple[int, int]) -> Case:
+    return experts(capability, activations="float8")
 
 
 def decode(
@@ -314,6 +320,8 @@ CASES = {
     hyper_connections: {"halve_kernel", "mix_kernel", "finish_kernel", "post_kernel"},
     experts: EXPERTS,
     half_of_the_experts: EXPERTS,
+    # Few pairs take bfloat16, and more take e4m3, which has no halves.
+    experts_of_float8: EXPERTS - {"halve_kernel"} | {"quantize_kernel"},
     decode: {"split_kernel", "_combine_kernel"},
     decode_c4a: {"split_kernel", "_combine_kernel"},
     decode_c128a: {"split_kernel", "_combine_kernel"},

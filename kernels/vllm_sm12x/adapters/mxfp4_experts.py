@@ -1,6 +1,13 @@
-"""MXFP4 experts as a backend of vLLM's oracle, under the name ``sm12x``."""
+"""MXFP4 experts as a backend of vLLM's oracle, under the name ``sm12x``.
+
+The environment variable ``SM12X_EXPERT_ACTIVATIONS`` says in which format they take activations:
+``bfloat16``, which is exact and the default, or ``float8``, which rounds those of prompts to e4m3.
+"""
 
 from __future__ import annotations
+
+import functools
+import os
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -15,11 +22,31 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey, kMxfp4Static
 from vllm.platforms import current_platform
 
-from vllm_sm12x.ops.mxfp4_experts import mxfp4_experts
+from vllm_sm12x import settings
+from vllm_sm12x.ops.mxfp4_experts import Activations, mxfp4_experts
+
+ENV = "SM12X_EXPERT_ACTIVATIONS"
+
+SETTINGS = ("auto", "bfloat16", "float8")
+
+
+def parse_setting(value: str) -> Activations:
+    """The format that ``SM12X_EXPERT_ACTIVATIONS=value`` means; auto and an empty value: bfloat16.
+
+    Raises:
+        ValueError: It is none of :data:`SETTINGS`.
+    """
+    return "float8" if settings.choice(ENV, value, SETTINGS) == "float8" else "bfloat16"
+
+
+@functools.cache
+def expert_activations() -> Activations:
+    """The format that this process uses. Read once."""
+    return parse_setting(os.environ.get(ENV, "auto"))
 
 
 class SM12xMxfp4Experts(mk.FusedMoEExpertsModular):
-    """Routed experts on the checkpoint's own MXFP4 layout, with bf16 activations.
+    """Routed experts on the checkpoint's own MXFP4 layout.
 
     ``w1`` is uint8 ``[E, 2I, H / 2]`` (gate rows, then up rows), ``w2`` uint8 ``[E, H, I / 2]``;
     the scales are uint8 E8M0 exponents, one for 32 values along the last dimension.
@@ -40,6 +67,7 @@ class SM12xMxfp4Experts(mk.FusedMoEExpertsModular):
                 "w1_bias, w2_bias: the sm12x MXFP4 experts have no bias, allowed: None"
             )
         super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
+        self.activations = expert_activations()
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -121,4 +149,9 @@ class SM12xMxfp4Experts(mk.FusedMoEExpertsModular):
             apply_router_weight_on_input=apply_router_weight_on_input,
             expert_map=expert_map,
             align=moe_align_block_size,
+            activations=self.activations,
         )
+
+
+# A bad value stops whatever imports this, before a model is loaded.
+expert_activations()

@@ -452,6 +452,7 @@ def _add_experts(calls: Calls, module: torch.nn.Module, limits: Limits) -> None:
         experts.quant_config.gemm1_clamp_limit,
         module.apply_router_weight_on_input,
         module.expert_map,
+        experts.activations,
         calls.capability,
     )
 

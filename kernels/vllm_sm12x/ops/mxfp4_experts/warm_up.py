@@ -6,7 +6,7 @@ import torch
 
 from vllm_sm12x.lowering import target_key
 from vllm_sm12x.ops.launching import one_of_each, stand_in
-from vllm_sm12x.ops.mxfp4_experts import config, mxfp4_experts
+from vllm_sm12x.ops.mxfp4_experts import Activations, config, mxfp4_experts
 from vllm_sm12x.ops.mxfp4_experts.launch import token_chunk
 
 
@@ -18,6 +18,7 @@ def warm_up(
     swiglu_limit: float | None,
     apply_router_weight_on_input: bool,
     expert_map: torch.Tensor | None,
+    activations: Activations,
     capability: tuple[int, int],
 ) -> None:
     """Call the operation once for each configuration that 1 to ``tokens`` tokens take.
@@ -27,14 +28,21 @@ def warm_up(
         top_k: ``K``.
         ids_dtype: Of the expert numbers, int32 or int64.
         weights: ``w13``, ``w13_scale``, ``w2`` and ``w2_scale`` of the calls.
-        swiglu_limit, apply_router_weight_on_input, expert_map: As of the calls.
+        swiglu_limit, apply_router_weight_on_input, expert_map, activations: As of the calls.
         capability: Of the GPU.
     """
     experts, hidden, _ = weights[2].shape
     target = target_key(capability)
     # More tokens are worked on in chunks, and no chunk is longer than the longest that is not cut.
     counts = (t for t in range(1, tokens + 1) if token_chunk(t, top_k, hidden) == t)
-    for count in one_of_each(counts, lambda t: config.row(target, t * top_k, experts)):
+
+    def row(count: int) -> config.Row:
+        pairs = count * top_k
+        return config.row(
+            target, pairs, experts, activations == "float8" and pairs > config.MOST_PAIRS
+        )
+
+    for count in one_of_each(counts, row):
         hidden_states = torch.empty(count, hidden, dtype=torch.bfloat16, device="meta")
         mxfp4_experts(
             hidden_states,
@@ -45,5 +53,6 @@ def warm_up(
             swiglu_limit=swiglu_limit,
             apply_router_weight_on_input=apply_router_weight_on_input,
             expert_map=None if expert_map is None else stand_in(expert_map),
+            activations=activations,
             implementation="triton",
         )
