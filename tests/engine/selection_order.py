@@ -9,7 +9,6 @@ the first, and never another set.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,6 @@ def in_order(indices: torch.Tensor) -> None:
 
 
 def _then_in_order(select: Callable[..., Any], place: int) -> Callable[..., Any]:
-    @functools.wraps(select, assigned=("__doc__",))
     def selected(*arguments: Any) -> Any:
         result = select(*arguments)
         in_order(arguments[place])

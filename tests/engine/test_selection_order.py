@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import inspect
+import re
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import selection_order
 
@@ -54,9 +52,6 @@ def test_whatever_the_indexer_calls_gives_them_so(monkeypatch):
 
 def test_these_are_all_the_calls_that_select():
     """vLLM's indexer has no other call of a top-k kernel with the portable operations."""
-    import inspect
-    import re
-
     from vllm.model_executor.layers import sparse_attn_indexer
 
     source = inspect.getsource(sparse_attn_indexer.sparse_attn_indexer)

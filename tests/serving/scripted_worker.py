@@ -72,7 +72,8 @@ class ScriptedWorker(WorkerBase):
         self.words = range(self.vocab_size // 2, self.vocab_size)
         self.requests: dict[str, Spoken] = {}
         self.drafts: dict[str, list[int]] = {}
-        self.traced: list[str] = []
+        # The names of steps, while they are traced.
+        self.traced: list[str] | None = None
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """Every layer's of DeepSeek V4 Flash, whatever the checkpoint's width."""
@@ -108,11 +109,12 @@ class ScriptedWorker(WorkerBase):
         if not scheduled.total_num_scheduled_tokens:
             return ModelRunnerOutput(req_ids=[], req_id_to_index={})
         self.scheduled = scheduled
-        did = compute_iteration_details(scheduled)
-        self.traced.append(
-            f"execute_context_{did.num_ctx_requests}({did.num_ctx_tokens})"
-            f"_generation_{did.num_generation_requests}({did.num_generation_tokens})"
-        )
+        if self.traced is not None:
+            did = compute_iteration_details(scheduled)
+            self.traced.append(
+                f"execute_context_{did.num_ctx_requests}({did.num_ctx_tokens})"
+                f"_generation_{did.num_generation_requests}({did.num_generation_tokens})"
+            )
         self._meet()
         return None
 
@@ -158,7 +160,8 @@ class ScriptedWorker(WorkerBase):
             return
         folder = Path(self.vllm_config.profiler_config.torch_profiler_dir)
         events = []
-        for number, name in enumerate(self.traced):
+        traced, self.traced = self.traced or [], None
+        for number, name in enumerate(traced):
             step = {"ph": "X", "cat": "user_annotation", "ts": 10.0 * number, "dur": 9.0}
             events.append(step | {"name": name})
             kernel = {"ph": "X", "cat": "kernel", "ts": 10.0 * number + 1, "dur": 5.0}

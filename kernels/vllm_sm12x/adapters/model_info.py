@@ -10,7 +10,7 @@ Inert where no operation is on the portable path.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from vllm_sm12x.dispatch import portable_operations
@@ -41,14 +41,13 @@ def known_model_info(module: str, name: str, module_hash: str) -> _ModelInfo | N
         return None
     from vllm.model_executor.models.registry import _ModelInfo
 
-    nothing = dict.fromkeys((field.name for field in fields(_ModelInfo)), False)
-    return replace(
-        _ModelInfo(**nothing),
-        architecture=name,
-        is_text_generation_model=True,
-        attn_type="decoder",
-        default_seq_pooling_type="LAST",
-        default_tok_pooling_type="ALL",
-        score_type="bi-encoder",
-        supports_pp=SUPPORTS_PP[name],
-    )
+    seen = dict.fromkeys((field.name for field in fields(_ModelInfo)), False) | {
+        "architecture": name,
+        "is_text_generation_model": True,
+        "attn_type": "decoder",
+        "default_seq_pooling_type": "LAST",
+        "default_tok_pooling_type": "ALL",
+        "score_type": "bi-encoder",
+        "supports_pp": SUPPORTS_PP[name],
+    }
+    return _ModelInfo(**seen)

@@ -154,4 +154,4 @@ class SM12xMxfp4Experts(mk.FusedMoEExpertsModular):
 
 
 # A bad value stops whatever imports this, before a model is loaded.
-expert_activations()
+parse_setting(os.environ.get(ENV, "auto"))

@@ -108,14 +108,15 @@ def row(target: str, pairs: int, experts: int, float8: bool = False) -> Row:
     """The configuration for a number of pairs of a token and an expert.
 
     Args:
-        float8: For e4m3 activations; only for more than ``MOST_PAIRS`` pairs.
+        float8: Whether e4m3 activations are asked for. Up to ``MOST_PAIRS`` pairs take bfloat16
+            all the same: they are bound by the weights' bytes.
 
     Raises:
         ValueError: The table has no such target; the message says which there are.
     """
     if target not in TABLE:
         raise ValueError(f"target: {target!r}, allowed: {', '.join(TABLE)}")
-    kind = "few"
-    if pairs > MOST_PAIRS:
-        kind = next(name for most, name in _KINDS if pairs <= most * experts)
+    if pairs <= MOST_PAIRS:
+        return TABLE[target]["few"]
+    kind = next(name for most, name in _KINDS if pairs <= most * experts)
     return (FLOAT8_TABLE if float8 else TABLE)[target][kind]

@@ -176,10 +176,9 @@ def _chunk(
     target = lowering.target_key(capability)
     pairs = topk_ids.numel()
     experts = w2[0].size(0)
-    # Few pairs are bound by the weights' bytes: there is nothing to gain from smaller activations.
     if row is None:
-        float8 = float8 and pairs > config.MOST_PAIRS
         row = config.row(target, pairs, experts, float8)
+        float8 = float8 and row.most_pairs == 0
     of = _Pairs(
         pairs,
         topk_ids.size(1),

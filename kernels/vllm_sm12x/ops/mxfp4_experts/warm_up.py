@@ -35,14 +35,8 @@ def warm_up(
     target = target_key(capability)
     # More tokens are worked on in chunks, and no chunk is longer than the longest that is not cut.
     counts = (t for t in range(1, tokens + 1) if token_chunk(t, top_k, hidden) == t)
-
-    def row(count: int) -> config.Row:
-        pairs = count * top_k
-        return config.row(
-            target, pairs, experts, activations == "float8" and pairs > config.MOST_PAIRS
-        )
-
-    for count in one_of_each(counts, row):
+    float8 = activations == "float8"
+    for count in one_of_each(counts, lambda t: config.row(target, t * top_k, experts, float8)):
         hidden_states = torch.empty(count, hidden, dtype=torch.bfloat16, device="meta")
         mxfp4_experts(
             hidden_states,

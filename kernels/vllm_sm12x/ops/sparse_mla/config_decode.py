@@ -15,6 +15,7 @@ HEADS = (8, 16, 32, 64, 128)
 
 # Upper ends of the classes, both ends inclusive. A launch has 65,535 programs in a row of tokens.
 TOKENS = {"one": 1, "few": 4, "some": 16, "many": 65_535}
+_FEW = ("one", "few")
 KEYS = {"window": 128, "short": 640, "long": 2_304, "longest": 16_384}
 
 MOST_SPLITS = 64
@@ -62,9 +63,6 @@ _TRITON_32 = Row(block_h=32, block_n=32)
 _GLUON_16 = Row(block_h=16, block_n=16, parts=4)
 _GLUON_32 = Row(block_h=32, block_n=16, parts=4)
 _GLUON_64 = Row(block_h=64, block_n=16, parts=4)
-
-
-_FEW = ("one", "few")
 
 
 def _triton(heads: int, tokens: str) -> Row:

@@ -266,7 +266,8 @@ def split_kernel(
     WARPS: gl.constexpr = gl.num_warps()
     COLUMNS: gl.constexpr = _HEAD_DIM // PARTS
     # With 64 heads there are no registers for more.
-    AT_ONCE: gl.constexpr = PARTS if BLOCK_H <= 32 else 1
+    ROOM: gl.constexpr = BLOCK_H <= 32
+    AT_ONCE: gl.constexpr = PARTS if ROOM else 1
     # Both products: a part of the columns for WARPS / PARTS warps, which lie along the last axis.
     product: gl.constexpr = gl.NVMMADistributedLayout(
         [2, 0], [PARTS, 1, WARPS // PARTS], [1, 16, 8]
@@ -386,7 +387,7 @@ def split_kernel(
     factor = scale * _LOG2_E
     acc = gl.zeros([PARTS, BLOCK_H, COLUMNS], gl.float32, layout=product)
     largest = gl.full([BLOCK_H], float("-inf"), gl.float32, layout=summed_heads)
-    if BLOCK_H <= 32:
+    if ROOM:
         total = gl.zeros([BLOCK_N, BLOCK_H], gl.float32, layout=gl.SliceLayout(0, summed))
     else:
         total = gl.zeros([BLOCK_H], gl.float32, layout=summed_heads)
@@ -422,7 +423,7 @@ def split_kernel(
         free = spare
         copied = 1 - copied
     async_copy.wait_group(0)
-    if BLOCK_H <= 32:
+    if ROOM:
         total = gl.sum(total, 0)
 
     head = first_head + gl.arange(0, BLOCK_H, layout=summed_heads)

@@ -52,6 +52,7 @@ def _load_rows(indices_ptr, start, count, BLOCK_N: gl.constexpr, layout: gl.cons
 
 @gluon.jit
 def _is_row(row, rows):
+    """Which of the numbers are rows of ``kv``."""
     return (row >= 0) & (row < rows)
 
 
