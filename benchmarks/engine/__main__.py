@@ -74,7 +74,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--random", type=numbers, default=(), help="also random 8K/1K at these concurrencies"
     )
-    p.add_argument("--requests", type=int, default=plan.requests, help="of random (default: 16)")
+    p.add_argument(
+        "--requests",
+        type=int,
+        default=plan.requests,
+        help="of random, or as many as run at once (default: 16)",
+    )
     p.add_argument(
         "--python", default=sys.executable, help="the Python that serves (default: this)"
     )

@@ -35,8 +35,9 @@ PROFILE_TOKENS, PROFILE_S, PROFILE_CHUNKS = 1024, 0.1, 4
 class Plan:
     """What to measure: lengths in tokens.
 
-    ``random`` has the concurrencies of the 8K/1K table, of ``requests`` each; ``profile`` those of
-    the traced decode, ``profile_prompts`` the prompts that are traced.
+    ``random`` has the concurrencies of the 8K/1K table, of ``requests`` each and as many as run at
+    once at least; ``profile`` those of the traced decode, ``profile_prompts`` the prompts that are
+    traced.
     """
 
     ttft: tuple[int, ...] = (1024, 8192, 32768, 124_000)
@@ -247,7 +248,7 @@ class Bench:
         self.rows.add("profile", **key, **seen.record())
 
     async def _queue(self, plan: Plan, concurrency: int) -> list[Answer]:
-        waiting = list(range(plan.requests))
+        waiting = list(range(max(plan.requests, concurrency)))
         answers: list[Answer] = []
 
         async def work() -> None:
