@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from gates import server
 from gates.programs import stop, tail
@@ -26,7 +29,7 @@ async def launched(
     within_s: float,
     say: Callable[[str], None],
 ) -> AsyncIterator[dict[str, Any] | None]:
-    """The server of a command while the block runs: how long its start took, and its log.
+    """The server of a command while the block runs: how long its start took, its log, its Python.
 
     Gives None where the command is empty. Whatever ends the block, the server and its children
     are ended.
@@ -69,6 +72,32 @@ async def launched(
             await asyncio.sleep(POLL_S)
         ready = loop.time() - began
         say(f"the server answers after {ready:.1f} s")
-        yield {"ready_s": round(ready, 3), "log": str(log), "command": list(command)}
+        yield {
+            "ready_s": round(ready, 3),
+            "log": str(log),
+            "command": list(command),
+            "python": python_of(process.pid),
+        }
     finally:
         await stop(process, STOP_S)
+
+
+def python_of(pid: int) -> str | None:
+    """The Python that a process runs on, or else the first of its children that runs on one.
+
+    The process is asked and not its program's file, which may be a shell's script or ``env``. It
+    is the path that was started: what it links to may lack the packages of its environment. None
+    where there is no Python, as with a container, or nobody may look.
+    """
+    try:
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            name = (one.cmdline() or [""])[0]
+            if re.fullmatch(r"python[\d.]*", Path(name).name):
+                searched = one.environ().get("PATH")
+                return shutil.which(
+                    str(Path(one.cwd(), name)) if "/" in name else name, path=searched
+                )
+    except (psutil.Error, OSError):
+        pass
+    return None

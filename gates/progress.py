@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,7 +13,12 @@ from rich.progress import TimeRemainingColumn as Remaining
 from gates import figures
 from gates.answer import Answer
 from gates.plan import Phase
+from gates.report.format import shown
 from gates.session import Cell
+from gates.spec import Column
+
+# How many figures of its own table a gate shows that times nothing.
+MOST = 4
 
 
 class Display(AbstractContextManager["Display"]):
@@ -32,6 +38,7 @@ class Display(AbstractContextManager["Display"]):
             disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, last="")
+        self._columns: Sequence[Column] = ()
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -50,9 +57,10 @@ class Display(AbstractContextManager["Display"]):
 
     def phase(self, phase: Phase, number: int, of: int) -> None:
         """A gate begins."""
+        self._columns = phase.gate.columns
         self.say(
-            f"[{number}/{of}] {phase.gate.title}: {len(phase.cells)} cells, "
-            f"{phase.requests} requests"
+            f"[{number}/{of}] {phase.gate.title}: {counted(len(phase.cells), 'cell')}, "
+            f"{counted(phase.requests, 'request')}"
         )
 
     def cell(self, cell: Cell) -> None:
@@ -66,15 +74,23 @@ class Display(AbstractContextManager["Display"]):
     def done(self, cell: Cell, result: dict[str, Any], problem: str) -> None:
         """A cell ended."""
         self._bar.advance(self._task, cell.weight)
-        self.say(f"  {cell.id}: {problem or said(result, '')}")
+        self.say(f"  {cell.id}: {problem or said(result, '', self._columns)}")
 
 
-def said(result: dict[str, Any], fault: str) -> str:
-    """The figures that tell most, in one line."""
+def counted(number: int, what: str) -> str:
+    """``1 cell``, ``2 cells``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def said(result: dict[str, Any], fault: str, columns: Sequence[Column] = ()) -> str:
+    """The figures that tell most, in one line.
+
+    Where nothing was timed these are the first of ``columns``, the gate's own.
+    """
     parts = [f"FAULT {fault}"] if fault else []
     if result.get("failures"):
         parts.append(f"{result['failures']} of {result['requests']} FAILED")
-    shown = (
+    timed = (
         ("ttft", "TTFT {:.3f} s"),
         ("ttft_mean", "TTFT {:.3f} s"),
         ("decode_tok_s", "{:.1f} tok/s"),
@@ -83,5 +99,8 @@ def said(result: dict[str, Any], fault: str) -> str:
         ("longest_stall", "longest stall {:.3f} s"),
         ("acceptance_length", "acceptance length {:.2f}"),
     )
-    parts += [form.format(result[name]) for name, form in shown if name in result]
-    return ", ".join(parts) or "no figures"
+    told = [form.format(result[name]) for name, form in timed if name in result]
+    if not told:
+        own = [column for column in columns if column.figure in result]
+        told = [f"{one.head} {shown(result[one.figure], one.unit)}" for one in own[:MOST]]
+    return ", ".join(parts + told) or "no figures"

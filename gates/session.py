@@ -110,7 +110,7 @@ class Session:
         """A cold prompt of a length, counted by the server's tokenizer before it is sent.
 
         Raises:
-            ValueError: It cannot be had in that length.
+            StackError: It cannot be had in that length.
         """
         made = document.KINDS[kind](self.nonce(number))
         start = self.lengths.get((kind, tokens))

@@ -31,6 +31,8 @@ def show(phases: list) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from gates.progress import counted
+
     table = Table("gate", "row", "repeats", "requests", "longest prompt + answer", "not run: why")
     for phase in phases:
         if phase.why_not:
@@ -53,4 +55,5 @@ def show(phases: list) -> None:
     console.print(table)
     cells = sum(len(phase.cells) for phase in phases)
     requests = sum(phase.requests for phase in phases)
-    console.print(f"{len(phases)} gates, {cells} cells, {requests} requests", highlight=False)
+    numbers = ((len(phases), "gate"), (cells, "cell"), (requests, "request"))
+    console.print(", ".join(counted(*one) for one in numbers), highlight=False)

@@ -104,8 +104,8 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
             "profile": profile.model_dump(),
             "server": target.record(),
             "serve": list(args.serve),
-            "options": {key: value for key, value in given.items() if key != "start"},
-            "machine": receipt.machine(receipt.serving_python(args.serve, args.python)),
+            "options": recorded(given, args.out),
+            "machine": receipt.machine(args.python or (start or {}).get("python")),
             "gates": [phase.gate.model_dump() for phase in phases],
             "order": {phase.gate.name: [row[0].key for row in phase.rows] for phase in phases},
         }
@@ -129,6 +129,15 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
         display.say(f"{result.status:8} {result.gate.title}{why}")
     display.say(f"report: {args.out / 'report.md'}, {args.out / 'report.html'}")
     return 0 if all(result.status == "passed" for result in ended) else NOT_PASSED
+
+
+def recorded(given: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The options as the run keeps them; the log in its own folder as seen from there."""
+    options = {key: value for key, value in given.items() if key != "start"}
+    log = options["server_log"]
+    if log and Path(log).is_relative_to(out):
+        options["server_log"] = str(Path(log).relative_to(out))
+    return options
 
 
 def same(kept: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from gates.prompts.document import Document
+from stack.errors import StackError
 
 # What a length may be off, and what is taken where nothing counts tokens.
 TOLERANCE = 0.002
@@ -41,23 +42,30 @@ async def fit(
         characters: Where to begin: the length of a like document that fitted.
 
     Raises:
-        ValueError: The document cannot be had in that length.
+        StackError: The document cannot be had in that length: what stands in every length of it
+            is longer, or no number of whole words comes near enough.
     """
     if characters is None:
         characters = max(0, round(tokens * CHARACTERS_A_TOKEN) - len(document.text(0)))
     allowed = max(SLACK_TOKENS, round(tokens * TOLERANCE))
     seen: list[tuple[int, int]] = []  # (characters, tokens), ascending
-    got = None
     for _ in range(TRIES):
         text = document.text(characters)
         got = await count(text)
         if got is None or abs(got - tokens) <= allowed:
             return Fitted(text, got, characters)
         if not characters and got > tokens:
-            break
+            raise StackError(
+                f"no prompt of {tokens} tokens: what stands in every length of it has {got} with "
+                f"this tokenizer; ask for {got} or more in the gate's file (prompt_tokens)"
+            )
         seen = sorted({*seen, (characters, got)})
         characters = _next(seen, tokens)
-    raise ValueError(f"no length of {tokens} tokens: {got} came out, {allowed} off is allowed")
+    nearest = min((length for _, length in seen), key=lambda length: abs(length - tokens))
+    raise StackError(
+        f"no prompt of {tokens} tokens, {allowed} off allowed: the nearest of {TRIES} tries has "
+        f"{nearest}; ask for {nearest} in the gate's file (prompt_tokens)"
+    )
 
 
 def _next(seen: list[tuple[int, int]], tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ def spread(values: dict[str, float] | None, unit: Unit) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool]) -> str:
-    """A Markdown table; a bar in a cell is escaped, a line break is a space."""
+    """A Markdown table; a bar or the beginning of a tag is escaped, a line break is a space."""
     lines = [heads, ["---:" if side else "---" for side in right]]
-    lines += [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines += [
+        [re.sub(r"[|<]", r"\\\g<0>", cell).replace("\n", " ") for cell in row] for row in rows
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

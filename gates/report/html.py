@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gates.report import tables
 from gates.report.markdown import variants
-from gates.report.receipt import facts
+from gates.report.receipt import facts, notes
 from gates.store import RunFolder
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -28,8 +28,8 @@ def page(folders: Sequence[RunFolder]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(
-        facts=[facts(folder) for folder in folders],
+    text = environment.get_template("page.html").render(
+        runs=[(facts(folder), notes(folder)) for folder in folders],
         gates=[
             {
                 "gate": several[0].result.gate,
@@ -48,6 +48,9 @@ def page(folders: Sequence[RunFolder]) -> str:
         script=script,
         resources=resources,
     )
+    # A page is kept in repositories, many of which refuse spaces at the end of a line; the plots'
+    # script has some in its comments.
+    return "\n".join(line.rstrip() for line in text.split("\n")) + "\n"
 
 
 def written(folder: RunFolder) -> str:

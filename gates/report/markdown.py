@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gates.report import format
-from gates.report.receipt import facts
+from gates.report.receipt import facts, notes
 from gates.report.tables import Table, Variant, expected_table, main_table, spread_table
 from gates.results import results
 from gates.store import RunFolder
@@ -18,6 +18,7 @@ def report(folders: Sequence[RunFolder]) -> str:
     lines = ["# Validation report", ""]
     for folder in folders:
         lines += [_table(Table(["", ""], facts(folder), [False, False])), ""]
+        lines += [line for note in notes(folder) for line in (note, "")]
     lines += ["## Gates", "", _table(_overview(by_gate)), ""]
     for several in by_gate.values():
         lines += _gate(several)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
-import re
-import shutil
+import shlex
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,9 @@ from gates.results import results
 from gates.store import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
+# What of this checkout measures.
+SUITE = ("gates", "stack")
+UNKNOWN = "not known (--python names the Python that serves)"
 LIBRARIES = ("vllm", "torch", "triton", "nvidia-nccl-cu13", "flashinfer-python", "httpx", "lm-eval")
 
 
@@ -32,30 +34,14 @@ def machine(serving: str | None = None) -> dict[str, Any]:
         "architecture": platform.machine(),
         "python": platform.python_version(),
         "gates_commit": _commit(),
+        # A server that the suite starts takes them over.
+        "settings": {name: os.environ[name] for name in sorted(os.environ) if name[:6] == "SM12X_"},
         "packages": {name: found for name in LIBRARIES if (found := version(name))},
     }
     found.update(gpus())
     if serving:
         found["serving"] = probe(serving, try_sampler=False, within_s=120.0)
     return found
-
-
-def serving_python(command: Sequence[str], named: str | None) -> str | None:
-    """The Python that serves: the one named, or the one in the first line of the server's program.
-
-    None where neither says it: a server that ran already, or a program that is no script.
-    """
-    if named or not command:
-        return named
-    program = shutil.which(command[0])
-    if program is None:
-        return None
-    with open(program, "rb") as file:
-        first = file.readline(4096)
-    if re.search(r"^python[\d.]*$", Path(program).name):
-        return program
-    line = first.decode("utf-8", "replace").strip()
-    return line[2:].split()[0] if line.startswith("#!") and "python" in line else None
 
 
 def version(name: str) -> str | None:
@@ -103,13 +89,18 @@ def _text(value: str | bytes) -> str:
 
 
 def _commit() -> str:
-    """The commit of this checkout, with ``+changes`` where files differ; empty outside of git."""
+    """The commit of this checkout, with ``+changes`` where the suite differs from it.
+
+    What else differs changes no figure: a run's folder in the checkout, a text. Empty outside of
+    git.
+    """
     from stack.errors import StackError
     from stack.git import git
 
     try:
         commit = git("rev-parse", "HEAD", cwd=ROOT).text
-        return commit + ("+changes" if git("status", "--porcelain", cwd=ROOT).text else "")
+        changed = git("status", "--porcelain", "--", *SUITE, cwd=ROOT).text
+        return commit + ("+changes" if changed else "")
     except (StackError, OSError, subprocess.SubprocessError):
         return ""
 
@@ -121,26 +112,47 @@ def facts(folder: RunFolder) -> list[list[str]]:
     gpus = [f"{gpu['name']} ({gpu['capability']})" for gpu in here.get("gpus", [])]
     serving = here.get("serving", {})
     packages = serving.get("packages") or {}
+    unseen = "none seen" if serving else UNKNOWN
     rows = [
         ["Server", f"{server['model']}, {_server(server)}"],
         ["Variant", about.get("variant") or "not named"],
         ["Profile", f"{about['profile']['title']}, size {about['size']}"],
         ["GPUs of the machine that measured", ", ".join(gpus) or "none seen"],
         ["Driver", str(here.get("driver", "none seen"))],
-        ["NCCL", str(serving.get("nccl") or "not known (--python names the Python that serves)")],
+        ["NCCL", str(serving.get("nccl") or unseen)],
         [
             "Packages that served",
             ", ".join(f"{name} {number}" for name, number in packages.items())
-            or str(serving.get("error") or "not known"),
+            or str(serving.get("error") or unseen),
         ],
         ["Suite", here.get("gates_commit") or "not a git checkout"],
         [
             "Serve command",
-            " ".join(about.get("serve") or []) or "not known: the server ran already",
+            shlex.join(about.get("serve") or []) or "not known: the server ran already",
         ],
+        ["Settings of the environment", _settings(here.get("settings"))],
         ["Begun", about["started"]],
     ]
     return rows
+
+
+def notes(folder: RunFolder) -> list[str]:
+    """What a reader must know before the figures."""
+    told = []
+    if folder.about["size"] == "short":
+        told.append(
+            "Size short: it shows that everything works, and its figures are for nothing else. "
+            "Titles and texts of the gates speak of the full size."
+        )
+    if folder.about.get("made_weights"):
+        told.append("The weights are made up: what the model says was measured and not judged.")
+    return told
+
+
+def _settings(settings: dict[str, str] | None) -> str:
+    if settings is None:
+        return "not recorded"
+    return " ".join(f"{name}={value}" for name, value in settings.items()) or "no SM12X variable"
 
 
 def _server(server: dict[str, Any]) -> str:

@@ -8,14 +8,21 @@ from typing import Any
 
 from gates.report.format import shown, spread
 from gates.results import GateResult, RowResult, expected_of
-from gates.spec import Column
+from gates.spec import Column, Gate, Unit
 
-SPREAD = ("ttft_mean", "decode_mean", "output_tok_s", "itl_p99")
-UNITS = {"ttft_mean": "s", "decode_mean": "tok/s", "output_tok_s": "tok/s", "itl_p99": "ms"}
+SPREAD = ("ttft_mean", "decode_mean", "output_tok_s", "input_tok_s", "itl_p99")
+UNITS: dict[str, Unit] = {
+    "ttft_mean": "s",
+    "decode_mean": "tok/s",
+    "output_tok_s": "tok/s",
+    "input_tok_s": "tok/s",
+    "itl_p99": "ms",
+}
 NAMES = {
     "ttft_mean": "TTFT",
     "decode_mean": "Decode tok/s",
     "output_tok_s": "Output tok/s",
+    "input_tok_s": "Input tok/s",
     "itl_p99": "ITL p99",
 }
 
@@ -37,6 +44,15 @@ class Variant:
     profile: str
     size: str
     result: GateResult
+
+
+def unasked(gate: Gate) -> str:
+    """Of the rates of input and output the one that says nothing in a gate.
+
+    A gate that measures reading has the input's in its table, and answers that are of no interest.
+    """
+    reads = any(column.figure == "input_tok_s" for column in gate.columns)
+    return "output_tok_s" if reads else "input_tok_s"
 
 
 def value(row: RowResult, column: Column) -> Any:
@@ -76,6 +92,7 @@ def spread_table(variant: Variant) -> Table | None:
     """Median and spread over the repeats; None where nothing was repeated."""
     rows = variant.result.rows
     figures = [name for name in SPREAD if any(name in row.spread for row in rows)]
+    figures = [name for name in figures if name != unasked(variant.result.gate)]
     if not figures or all(len(row.measured) < 2 for row in rows):
         return None
     columns = _name_columns(variant.result)
@@ -87,7 +104,7 @@ def spread_table(variant: Variant) -> Table | None:
             [
                 *_name(row, columns),
                 str(len(row.measured)),
-                *(spread(row.spread.get(name), UNITS[name]) for name in figures),  # type: ignore[arg-type]
+                *(spread(row.spread.get(name), UNITS[name]) for name in figures),
             ]
             for row in rows
         ],

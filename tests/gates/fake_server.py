@@ -132,7 +132,8 @@ class FakeServer:
     ``play(body, number)`` returns the steps of the answer to the request of that number.
     ``continuous`` is whether usage comes with every chunk, as vLLM gives it when asked.
     ``usage(prompt, completion)`` may change the counts; ``tokenize_delay`` makes the tokenizer
-    slow, ``tokenize_status`` breaks it. ``metrics_text`` replaces ``/metrics``.
+    slow, ``tokenize_status`` breaks it, ``count`` is another one. ``metrics_text`` replaces
+    ``/metrics``.
     """
 
     def __init__(self, play: Callable[[dict[str, Any], int], Sequence[Step]] | None = None) -> None:
@@ -144,6 +145,7 @@ class FakeServer:
             prompt,
             completion,
         )
+        self.count: Callable[[Sequence[dict[str, Any]]], int] = words
         self.tokenize_delay = 0.0
         self.tokenize_status = 200
         self.healthy = True
@@ -215,7 +217,7 @@ class FakeServer:
         await asyncio.sleep(self.tokenize_delay)
         if self.tokenize_status != 200:
             return web.Response(status=self.tokenize_status)
-        return web.json_response({"count": words(body["messages"])})
+        return web.json_response({"count": self.count(body["messages"])})
 
     async def _completions(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -241,7 +243,7 @@ class FakeServer:
     def _whole(self, body: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
         said = [step for step in steps if isinstance(step, Say)]
         text = "".join(step.text for step in said)
-        prompt, completion = words(body["messages"]), sum(step.tokens for step in said)
+        prompt, completion = self.count(body["messages"]), sum(step.tokens for step in said)
         return {
             "id": "x",
             "object": "chat.completion",
@@ -266,7 +268,7 @@ class FakeServer:
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        out, prompt = 0, words(sent.body["messages"])
+        out, prompt = 0, self.count(sent.body["messages"])
         options = sent.body.get("stream_options") or {}
         due = time.monotonic()
 

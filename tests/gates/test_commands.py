@@ -13,6 +13,7 @@ import pytest
 
 from gates import runner
 from gates.__main__ import main
+from gates.commands.run import recorded
 from gates.store import RunFolder
 from stack.pin import ROOT
 from tests.gates.fake_server import Say, Status
@@ -43,6 +44,24 @@ def test_a_run_leaves_its_rows_report_page_and_receipt(measured, capsys):
     receipt = json.loads((out / "receipt.json").read_text())
     assert [gate["status"] for gate in receipt["gates"]] == ["passed"]
     assert receipt["server"]["version"] == "0.22.1" and "python" in receipt["machine"]
+
+
+def test_the_report_says_first_what_its_figures_are_for(measured):
+    _, out = measured("--made-weights")
+    for name in ("report.md", "report.html"):
+        head = (out / name).read_text().split("Long-context latency")[0]
+        assert "Size short: it shows that everything works" in head
+        assert "The weights are made up" in head
+        assert "--python names the Python that serves" in head
+
+
+def test_the_receipt_names_a_log_of_the_run_as_seen_from_its_folder(tmp_path):
+    given = {"server_log": str(tmp_path / "run" / "logs" / "server.log"), "start": {}}
+    told = {"server_log": "logs/server.log"}
+    assert recorded(given, tmp_path / "run") == told
+    other = {"server_log": str(tmp_path / "server.log")}
+    assert recorded(other, tmp_path / "run") == other
+    assert recorded({"server_log": None}, tmp_path / "run") == {"server_log": None}
 
 
 def test_the_same_folder_twice_needs_resume(measured, capsys):

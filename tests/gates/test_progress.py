@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from gates.answer import Answer, Chunk
 from gates.plan import Phase
 from gates.progress import Display, said
 from gates.session import Cell
+from gates.spec import Column, load_gates
 from tests.gates.conftest import gate
 
 CELL = Cell("small", {"concurrency": 2}, 1, None, 50.0, 2)
@@ -41,7 +43,7 @@ def test_a_log_has_lines_and_no_control_characters():
     text = shown(terminal=False)
     assert "\x1b" not in text and "\r" not in text
     assert text.splitlines() == [
-        "[1/3] Small: 1 cells, 2 requests",
+        "[1/3] Small: 1 cell, 2 requests",
         "  small: concurrency=2 #1: 1 of 2 FAILED, TTFT 0.500 s",
     ]
 
@@ -49,3 +51,21 @@ def test_a_log_has_lines_and_no_control_characters():
 def test_a_fault_is_said_before_figures():
     assert said({"ttft": 1.0}, "stall") == "FAULT stall, TTFT 1.000 s"
     assert said({}, "") == "no figures"
+
+
+def test_a_gate_that_times_nothing_shows_the_first_of_its_own_figures():
+    columns = [
+        Column(head="Task", figure="task"),
+        Column(head="Right", figure="right", unit="percent"),
+        *(Column(head=f"More {n}", figure=f"more_{n}", unit="int") for n in range(5)),
+    ]
+    result = {"right": 0.935, "requests": 4} | {f"more_{n}": n for n in range(5)}
+    assert said(result, "", columns) == "Right 93.50%, More 0 0, More 1 1, More 2 2"
+    assert said(result | {"ttft_mean": 1.0}, "", columns) == "TTFT 1.000 s"
+    assert said({"requests": 4}, "", columns) == "no figures"
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "logprobs", "runtime-errors"])
+def test_every_gate_that_times_nothing_has_figures_to_show(name):
+    told = dict.fromkeys((column.figure for column in load_gates()[name].columns), 0)
+    assert said(told, "", load_gates()[name].columns) != "no figures"

@@ -10,6 +10,7 @@ import pytest
 
 from gates.prompts import document
 from gates.prompts.fit import fit, fit_characters
+from stack.errors import StackError
 from tests.gates.fake_server import words
 
 LONG = ("archive", "story", "audit", "random")
@@ -118,8 +119,24 @@ def test_without_a_tokenizer_the_length_is_a_guess_and_says_so():
 
 
 def test_a_length_that_cannot_be_had_is_an_error():
-    with pytest.raises(ValueError, match="no length of 64 tokens"):
+    """What stands in every length is longer than 64; the error says from where on it goes."""
+    least = words([{"content": document.story("x").text(0)}])
+    with pytest.raises(StackError, match="no prompt of 64 tokens") as error:
         asyncio.run(fit(document.story("x"), 64, counter()))
+    assert f"has {least} with this tokenizer; ask for {least} or more" in error.value.message
+    made = asyncio.run(fit(document.story("x"), least, counter()))
+    assert made.tokens == least
+
+
+def test_a_length_between_two_words_is_an_error_that_names_the_nearest():
+    """A tokenizer that gives every word a hundred tokens."""
+
+    async def count(text):
+        return 100 * len(text.split())
+
+    with pytest.raises(StackError, match="no prompt of 9050 tokens, 18 off allowed") as error:
+        asyncio.run(fit(document.archive("x"), 9050, count))
+    assert "ask for 9000 in" in error.value.message or "ask for 9100 in" in error.value.message
 
 
 @pytest.mark.parametrize("size", [6000, 65536, 124000])

@@ -83,7 +83,7 @@ def measured(tmp_path_factory):
         [
             *("run", "--url", f"http://127.0.0.1:{port}", "--model", str(model)),
             *("--profile", "h200", "--gates", str(gates(place / "gates")), "--out", str(out)),
-            *("--ready-within", "240", "--python", str(SERVING), "--", "env"),
+            *("--ready-within", "240", "--", "env"),
             *(f"HF_HOME={place / 'hf'}", "HF_HUB_OFFLINE=1", "CUDA_VISIBLE_DEVICES="),
             *(str(SERVING), str(ROOT / "tests" / "gates" / "serve_tiny.py"), str(model), str(port)),
         ]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from html.parser import HTMLParser
 
 import pytest
 
 from gates.answer import Answer, Chunk
-from gates.report import comparison, html, markdown
+from gates.report import comparison, html, markdown, plots, receipt
 from gates.report.format import shown, spread, table
+from gates.report.tables import Variant
+from gates.results import GateResult, RowResult, results
 from gates.spec import load_gates, load_profiles
 from gates.store import RunFolder, now
+from stack.git import git
 
 # The headings of the tables in pull request 41834, in their order; the suite may add columns
 # between and after them. "Variant" is a column of its own in every table of a labelled run.
@@ -98,6 +102,9 @@ def test_a_spread_and_a_table():
     assert spread(values | {"n": 1}, "s") == "2.000 s"
     text = table(["a", "b"], [["x|y", "1\n2"]], [False, True])
     assert text.splitlines() == ["| a | b |", "| --- | ---: |", "| x\\|y | 1 2 |"]
+    # What looks like a tag would be none of the text: vLLM's reasoning parser has such ones.
+    text = table(["a"], [["<think>"]], [False])
+    assert text.splitlines()[2] == "| \\<think> |"
 
 
 def made(path, gates, ttfts, size="full", variant="", by_chunk=True):
@@ -188,6 +195,104 @@ def test_the_short_size_is_held_against_nothing(tmp_path):
     assert "Against what was measured before" not in text
 
 
+def test_the_serve_command_can_be_pasted(tmp_path):
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0])
+    command = ["vllm", "serve", "a model", "--speculative-config", '{"method":"mtp"}']
+    folder.about["serve"] = command
+    told = dict(receipt.facts(folder))["Serve command"]
+    assert shlex.split(told) == command
+
+
+def test_the_settings_that_a_started_server_takes_over_are_told(tmp_path, monkeypatch):
+    for name in ("SM12X_PORTABLE", "SM12X_KERNELS", "SM12X_LOWERING"):
+        monkeypatch.delenv(name, raising=False)
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0])
+
+    def told():
+        return dict(receipt.facts(folder))["Settings of the environment"]
+
+    assert told() == "not recorded"
+    folder.about["machine"] = receipt.machine()
+    assert told() == "no SM12X variable"
+    monkeypatch.setenv("SM12X_PORTABLE", "all")
+    monkeypatch.setenv("SM12X_KERNELS", "none")
+    folder.about["machine"] = receipt.machine()
+    assert told() == "SM12X_KERNELS=none SM12X_PORTABLE=all"
+
+
+def test_what_is_not_known_of_the_serving_python_says_how_it_could_be(tmp_path):
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0])
+    told = dict(receipt.facts(folder))
+    assert "--python" in told["NCCL"] and "--python" in told["Packages that served"]
+    folder.about["machine"]["serving"] = {"packages": {"torch": "2.0"}, "error": "no GPU"}
+    told = dict(receipt.facts(folder))
+    assert (told["NCCL"], told["Packages that served"]) == ("none seen", "torch 2.0")
+
+
+def test_changes_are_those_of_the_suite(tmp_path, monkeypatch):
+    """A run's folder in the checkout makes no other suite; a gate file that differs does."""
+    monkeypatch.setattr(receipt, "ROOT", tmp_path)
+    assert receipt._commit() == ""
+    git("init", "-q", cwd=tmp_path)
+    for folder in receipt.SUITE:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a").write_text("one")
+    git("add", ".", cwd=tmp_path)
+    git("commit", "-q", "-m", "x", cwd=tmp_path)
+    commit = git("rev-parse", "HEAD", cwd=tmp_path).text
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "rows.jsonl").write_text("{}")
+    assert receipt._commit() == commit
+    (tmp_path / "gates" / "a").write_text("two")
+    assert receipt._commit() == f"{commit}+changes"
+
+
+def test_a_gate_of_reading_shows_the_rate_of_the_input(tmp_path):
+    """One token of answer: its output says nothing of the speed of reading."""
+    text = markdown.report([made(tmp_path / "a", ["prefill-sweep"], [1.0, 2.0])])
+    heads = next(line for line in text.splitlines() if "| Repeats |" in line)
+    assert "Input tok/s: median" in heads and "Output tok/s" not in heads
+    text = markdown.report([made(tmp_path / "b", ["random-256-256"], [1.0, 2.0])])
+    heads = next(line for line in text.splitlines() if "| Repeats |" in line)
+    assert "Output tok/s: median" in heads and "Input tok/s" not in heads
+
+
+def _row(concurrency, tokens):
+    key = {"concurrency": concurrency, "prompt_tokens": tokens}
+    figures = {"ttft_mean": 1.0, "input_tok_s": 2.0, "output_tok_s": 3.0}
+    return RowResult(key, figures, {}, [{"answers": []}])
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("prefill-sweep", "input in all, tok/s"), ("random-8k-1k", "output in all, tok/s")],
+)
+def test_a_plot_names_the_concurrencies_that_were_measured(name, rate):
+    rows = [_row(1, 256), _row(3, 1024)]
+    result = GateResult(load_gates()[name], "passed", rows)
+    drawn = plots._plots([Variant("", "h200", "full", result)])
+    by_title = {plot.title.text: plot for plot in drawn}
+    assert by_title.keys() == {
+        f"{title} by {axis}"
+        for title in ("TTFT mean, s", rate)
+        for axis in ("requests at once", "prompt tokens")
+    }
+    assert by_title[f"{rate} by requests at once"].xaxis.ticker.ticks == [1, 3]
+
+
+def test_a_role_has_one_colour_whichever_ended_first(tmp_path):
+    folder = made(tmp_path / "a", ["mixed-arrival"], [1.0])
+    (result,) = results(folder)
+    answers = result.rows[0].measured[0]["answers"]
+    told = []
+    for order in (answers, answers[::-1]):
+        legend = plots._timeline(order, "x").legend[0]
+        told.append(
+            [(item.label.value, item.renderers[0].glyph.line_color) for item in legend.items]
+        )
+    assert told[0] == told[1] and [role for role, _ in told[0]] == ["primary", "secondary"]
+
+
 class Page(HTMLParser):
     """What a page would fetch, and its headings."""
 
@@ -216,6 +321,8 @@ def test_the_page_fetches_nothing_and_is_not_large(tmp_path):
     assert {"long-context-latency", "mixed-arrival"} <= set(page.sections)
     assert "@import" not in text.partition("<body>")[0].partition("<script")[0]
     assert len(text) < 2 << 20, "a page of a run must fit into the repository"
+    # As tests/repo wants every text.
+    assert text.endswith("</html>\n") and all(line == line.rstrip() for line in text.split("\n"))
     # A name from a server is text and no markup.
     assert "<script>alert(1)</script>" not in text and "&lt;script&gt;alert(1)" in text
 

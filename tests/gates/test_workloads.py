@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
 import sys
 import time
 
@@ -475,6 +476,27 @@ def test_a_server_is_started_timed_and_stopped(tmp_path, port):
             return await launch.server.healthy(http)
 
     assert asyncio.run(gone()) is False
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_python_of_a_server_is_the_one_it_runs_on(tmp_path, port, wrapped):
+    """Whatever started it, and with the environment it belongs to: not what the path links to."""
+    own = tmp_path / "venv" / "bin" / "python3"
+    own.parent.mkdir(parents=True)
+    own.symlink_to(sys.executable)
+    program = tmp_path / "vllm"
+    program.write_text(f'#!/bin/sh\n"{own}" "$0.py" "$@"\n' if wrapped else f"#!{own}\n{SERVER}")
+    (tmp_path / "vllm.py").write_text(SERVER)
+    program.chmod(0o755)
+    started, healthy = start([str(program), str(port)], port, tmp_path / "log")
+    assert healthy and started["python"] == str(own)
+
+
+def test_a_process_on_no_python_has_none():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert launch.python_of(process.pid) is None
+        process.kill()
+    assert launch.python_of(process.pid) is None
 
 
 def test_a_server_that_dies_or_never_answers_is_said(tmp_path, port):
