@@ -107,6 +107,7 @@ def test_other_gpus_and_ranks_order_nothing(choose, capability, rank):
     config.model_config.hf_config.model_type = "deepseek_v4"
     worker = SimpleNamespace(vllm_config=config, local_rank=rank, get_model=Mock())
     with patch.object(torch.cuda, "is_available", lambda: True):
+        warm_up.compile_sampling_ahead(worker)
         warm_up.compile_ahead(worker)
     worker.get_model.assert_not_called()
     assert not warm_up._ahead

@@ -1,9 +1,9 @@
 """Compiles kernels in processes of their own while the engine starts.
 
-After the weights are loaded vLLM traces and compiles the model, ten seconds and more on one core.
-Our kernels are compiled meanwhile, beside it: orders are placed in a folder, processes work them
-off into Triton's cache on disk (``ops.compile_orders``), and whoever needs a kernel finds it there.
-Nobody waits for one that is not there yet: it is compiled where it is needed, as without all this.
+vLLM loads the weights, then traces and compiles the model, ten seconds and more on one core. Kernels
+are compiled meanwhile, beside it: orders are placed in a folder, processes work them off into
+Triton's cache on disk (``ops.compile_orders``), and whoever needs a kernel finds it there. Nobody
+waits for one that is not there yet: it is compiled where it is needed, as without all this.
 
 A start that finds every kernel in the cache makes no process.
 """
@@ -39,10 +39,12 @@ class Ahead:
     Args:
         orders: What to compile; those that Triton's cache has already are left out.
         engines: That start on this machine and do the same; they share its cores.
+        most: Processes.
     """
 
     orders: list[Order]
     engines: int = 1
+    most: int = MOST_PROCESSES
     processes: list[subprocess.Popen] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ class Ahead:
         words = [sys.executable, "-m", compile_orders.__name__, self._folder.name]
         # They see no GPU, on which each would take memory.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        for _ in range(min(_processes(self.engines), len(self.orders))):
+        for _ in range(min(self.most, _processes(self.engines), len(self.orders))):
             self.processes.append(
                 subprocess.Popen(
                     words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL

@@ -6,7 +6,9 @@ model says which shapes its layers have, and each operation compiles all rows th
 Nothing of that is launched, and it takes no memory of the GPU but for the machine code.
 
 On a machine's first rank they are ordered as soon as the weights are there, and compiled beside
-what vLLM then does (``compile_ahead``): little is left here in a start with empty caches.
+what vLLM then does (``compile_ahead``): little is left here in a start with empty caches. So is
+upstream's kernel of top-k and top-p, before the weights are loaded: its six forms take half a
+minute on one core, a form up to 14 s.
 
 Upstream's Triton kernels around them have one form each, which a run of a small batch reaches, but
 for one that is compiled for every power of two of requests. Those of the model runner and the
@@ -31,7 +33,11 @@ from vllm.logger import init_logger
 
 from vllm_sm12x.adapters.mtp import is_deepseek_v4
 from vllm_sm12x.adapters.warm_up_runner import add_runner
-from vllm_sm12x.adapters.warm_up_sampling import add_sampling, call_compiled_functions
+from vllm_sm12x.adapters.warm_up_sampling import (
+    add_likely,
+    add_sampling,
+    call_compiled_functions,
+)
 from vllm_sm12x.dispatch import portable_operations
 from vllm_sm12x.implementation import kernel_operations
 
@@ -48,10 +54,13 @@ MOST_THREADS = 8
 # Half of them decode, the others are a prompt: more than a draft's tokens.
 MIXED_TOKENS = 16
 
+# Of top-k and top-p two forms take half of the time: more processes gain nothing.
+SAMPLING_PROCESSES = 3
+
 # vLLM's handlers stand on the logger "vllm", which "vllm_sm12x" does not belong to.
 logger = init_logger("vllm.sm12x.warm_up")
 
-# Processes that compile ahead, from the one seam to the other.
+# Processes that compile ahead, from the first seams to the last.
 _ahead: list[Ahead] = []
 
 
@@ -94,22 +103,32 @@ class Calls:
             call()
 
 
+def compile_sampling_ahead(worker: Worker) -> None:
+    """Have processes compile the long kernels of sampling; :func:`warm_up_kernels` ends that.
+
+    Args:
+        worker: A GPU worker whose device is there, and whose model need not be.
+    """
+    if not _compiles_ahead(worker) or getattr(worker, "use_v2_model_runner", False):
+        return
+    from vllm_sm12x.ops.compile_orders import take_orders
+
+    capability = torch.cuda.get_device_capability()
+    calls = Calls(frozenset(), capability)
+    add_likely(calls, worker)
+    _order(worker, take_orders(calls.make, capability), most=SAMPLING_PROCESSES)
+
+
 def compile_ahead(worker: Worker) -> None:
     """Have processes compile our kernels from now on; :func:`warm_up_kernels` ends that.
 
     Args:
         worker: A GPU worker whose model is loaded, and whose KV cache need not be there.
     """
-    # Of the ranks of a machine one, for the cache is one.
-    if not _applies(worker) or worker.local_rank != 0:
+    if not _compiles_ahead(worker):
         return
-    from vllm_sm12x.adapters.compile_ahead import Ahead
-
     operations = portable_operations() & kernel_operations()
-    orders = orders_of(worker, operations, torch.cuda.get_device_capability())
-    # Each of the machine's data-parallel engines comes here.
-    engines = worker.vllm_config.parallel_config.data_parallel_size_local
-    _ahead.append(Ahead(orders, max(1, engines)))
+    _order(worker, orders_of(worker, operations, torch.cuda.get_device_capability()))
 
 
 def warm_up_kernels(worker: Worker) -> None:
@@ -166,6 +185,19 @@ def warm_up_mixed_batch(worker: Worker) -> None:
     )
     if worker.vllm_config.compilation_config.mode == CompilationMode.NONE:
         worker.model_runner._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE, skip_eplb=True)
+
+
+def _compiles_ahead(worker: Worker) -> bool:
+    """Of the ranks of a machine one does, for the cache is one."""
+    return _applies(worker) and worker.local_rank == 0
+
+
+def _order(worker: Worker, orders: list[Order], **limits: int) -> None:
+    from vllm_sm12x.adapters.compile_ahead import Ahead
+
+    # Each of the machine's data-parallel engines comes here.
+    engines = worker.vllm_config.parallel_config.data_parallel_size_local
+    _ahead.append(Ahead(orders, max(1, engines), **limits))
 
 
 def _applies(worker: Worker) -> bool:

@@ -38,13 +38,27 @@ def add_sampling(calls: Calls, worker: Worker) -> None:
     calls.add_always(
         _apply_grammar, requests * (1 + drafted), vocab_size, config.model_config.dtype
     )
-    calls.add_always(_keep_likely, requests * max(1, drafted), vocab_size)
+    add_likely(calls, worker)
     if drafting is None:
         return
     calls.add_always(_spread_options, vocab_size)
     kept = (False, True) if drafting.draft_sample_method == "probabilistic" else (False,)
     for probabilities in kept:
         calls.add_always(_reject, drafted, vocab_size, probabilities)
+
+
+def add_likely(calls: Calls, worker: Worker) -> None:
+    """Add the calls of top-k and top-p alone, which take by far the longest to compile.
+
+    Args:
+        calls: They are added to it.
+        worker: As of :func:`add_sampling`; its model need not be there.
+    """
+    config = worker.vllm_config
+    drafting = config.speculative_config
+    drafted = 0 if drafting is None else drafting.num_speculative_tokens
+    rows = config.scheduler_config.max_num_seqs * max(1, drafted)
+    calls.add_always(_keep_likely, rows, worker.model_runner.input_batch.vocab_size)
 
 
 def call_compiled_functions(worker: Worker) -> None:

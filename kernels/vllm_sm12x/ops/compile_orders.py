@@ -6,8 +6,8 @@ has it under the same key then. Processes share a folder of orders and take one 
 
     python -m vllm_sm12x.ops.compile_orders FOLDER
 
-They need no GPU and see none. Only kernels of ``vllm_sm12x.ops`` can be ordered: whoever compiles
-imports the module of the kernel.
+They need no GPU and see none. Only kernels of ``vllm_sm12x.ops`` and :data:`OTHERS` can be ordered:
+whoever compiles imports the module of the kernel.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from triton.runtime.jit import JITFunction, convert_to_tuple_if_list
 from vllm_sm12x.ops.launching import compile_only
 
 PACKAGE = __package__
+# Of vLLM's modules with kernels, those that are imported in about the time of Triton itself. Others
+# import most of vLLM, which takes a process longer than their kernels take to compile.
+OTHERS = frozenset({"vllm.v1.sample.ops.topk_topp_triton"})
 ORDERS = "orders.json"
 
 
@@ -42,7 +45,7 @@ class Order:
     """One kernel to compile.
 
     Attributes:
-        module: Where it is defined, below ``vllm_sm12x.ops``.
+        module: Where it is defined: below ``vllm_sm12x.ops``, or one of :data:`OTHERS`.
         name: Its name there.
         target: Backend, architecture and warp size of the GPU, as Triton's ``GPUTarget``.
         specialization: Types, constants, attributes and launch options, as Triton serializes them.
@@ -57,7 +60,7 @@ class Order:
         """Compile it, unless Triton's cache has it.
 
         Raises:
-            ValueError: It is no kernel of :data:`PACKAGE`; module and name are in the message.
+            ValueError: It is no kernel that can be ordered; module and name are in the message.
             Exception: What Triton raises, of a kernel that does not compile.
         """
         source, options = self._parsed()
@@ -93,20 +96,18 @@ class Order:
         return source, make_backend(GPUTarget(*self.target)).parse_options(options)
 
     def _kernel(self) -> JITFunction:
-        if is_ours(self.module):
+        if _can_be_ordered(self.module):
             kernel = getattr(import_module(self.module), self.name, None)
             if isinstance(kernel, JITFunction):
                 return kernel
-        raise ValueError(f"{self.module}.{self.name}, allowed: a kernel of {PACKAGE}")
-
-
-def is_ours(module: str) -> bool:
-    """Whether a module is of :data:`PACKAGE`."""
-    return module.startswith(f"{PACKAGE}.")
+        allowed = ", ".join((PACKAGE, *sorted(OTHERS)))
+        raise ValueError(f"{self.module}.{self.name}, allowed: a kernel of {allowed}")
 
 
 def take_orders(make_calls: Callable[[], None], capability: tuple[int, int]) -> list[Order]:
-    """Orders of the kernels of ours that calls would compile; nothing is compiled or launched.
+    """Orders of the kernels that calls would compile, of those that can be ordered.
+
+    Nothing is compiled or launched.
 
     Args:
         make_calls: Calls operations on tensors of the ``meta`` device.
@@ -116,7 +117,7 @@ def take_orders(make_calls: Callable[[], None], capability: tuple[int, int]) -> 
 
     def note(**event: Any) -> bool:
         function, compilation = event["fn"], event["compile"]
-        if is_ours(function.module):
+        if _can_be_ordered(function.module):
             target = function.jit_function.device_caches[compilation["device"]][2]
             orders[
                 Order(
@@ -163,6 +164,10 @@ def work_off(folder: Path) -> None:
         ) as error:  # whatever it is, the other orders stand, and who ordered is told
             why = f"{type(error).__name__}: {error}"
         (folder / f"{place}.result").write_text(why, encoding="utf-8")
+
+
+def _can_be_ordered(module: str) -> bool:
+    return module.startswith(f"{PACKAGE}.") or module in OTHERS
 
 
 def _constant(value: Any) -> Any:

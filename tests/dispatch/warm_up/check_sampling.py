@@ -6,6 +6,9 @@ keys; what ``torch.compile`` compiles is counted, on the CPU, without what comes
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -19,7 +22,8 @@ from launch_keys import Keys, recorded
 from torch._dynamo.utils import counters
 
 from vllm_sm12x.adapters import warm_up, warm_up_sampling
-from vllm_sm12x.ops import launching
+from vllm_sm12x.ops import compile_orders, launching
+from vllm_sm12x.ops.compile_orders import Order
 
 CAPABILITY = (12, 0)
 GRAMMAR = {"apply_token_bitmask_inplace_kernel"}
@@ -122,6 +126,62 @@ def test_a_form_that_is_left_out_is_missed(with_drafts, kept, missed):
     with patch.object(warm_up_sampling, "one_of_each", forgetful):
         made = keys_made(worker)
     assert kernels_missed(asked, made) == missed
+
+
+def ordered(worker: SimpleNamespace) -> list[Order]:
+    """What is ordered before the weights are loaded."""
+    worker.local_rank = 0
+    orders: list[Order] = []
+    with (
+        patch.object(warm_up, "_order", lambda worker, made, **limits: orders.extend(made)),
+        patch.object(worker, "get_model", Mock()) as model,
+        recorded(CAPABILITY),
+    ):
+        warm_up.compile_sampling_ahead(worker)
+    model.assert_not_called()
+    return orders
+
+
+@pytest.mark.parametrize("drafted", [0, 2])
+def test_every_form_of_top_k_and_top_p_is_ordered(tmp_path, drafted):
+    worker = sampling.start(tmp_path, drafted, "meta")
+    asked = keys_asked(worker, drafted)
+    orders = ordered(worker)
+    assert {order.name for order in orders} == LIKELY
+    forms = [text for text in asked.found.values() if text.partition(":")[0] in LIKELY]
+    assert len(orders) == len(forms)
+
+
+def test_another_process_compiles_a_form_that_is_found_here(with_drafts, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    order = ordered(with_drafts[0])[0]
+    assert not order.is_compiled()
+    compile_orders.write(tmp_path, [order])
+    subprocess.run(
+        [sys.executable, "-m", compile_orders.__name__, str(tmp_path)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+    )
+    assert list(compile_orders.results(tmp_path)) == [("_topk_topp_kernel", "")]
+    assert order.is_compiled()
+
+
+def test_what_a_process_imports_for_it_is_little_of_vllm():
+    """Else each process would spend its time with imports (compile_orders.OTHERS)."""
+    script = (
+        "import importlib, sys\n"
+        "for module in sys.argv[1:]: importlib.import_module(module)\n"
+        "print(sum(name.startswith('vllm.') for name in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *sorted(compile_orders.OTHERS)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    # All of vLLM's engine is a thousand and more.
+    assert int(done.stdout.split()[-1]) < 60
 
 
 def graphs(worker: SimpleNamespace, drafted: int) -> int:
