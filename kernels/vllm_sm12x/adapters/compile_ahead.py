@@ -1,9 +1,9 @@
 """Compiles kernels in processes of their own while the engine starts.
 
-vLLM loads the weights, then traces and compiles the model, ten seconds and more on one core. Kernels
-are compiled meanwhile, beside it: orders are placed in a folder, processes work them off into
-Triton's cache on disk (``ops.compile_orders``), and whoever needs a kernel finds it there. Nobody
-waits for one that is not there yet: it is compiled where it is needed, as without all this.
+vLLM loads the weights, then traces and compiles the model, ten seconds and more on one core.
+Kernels are compiled meanwhile, beside it: orders are placed in a folder, processes work them off
+into Triton's cache on disk (``ops.compile_orders``), and whoever needs a kernel finds it there.
+Nobody waits for one that is not there yet: it is compiled where it is needed, as without all this.
 
 A start that finds every kernel in the cache makes no process.
 """
