@@ -154,7 +154,7 @@ def test_every_form_of_top_k_and_top_p_is_ordered(tmp_path, drafted):
 
 def test_another_process_compiles_a_form_that_is_found_here(with_drafts, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    order = ordered(with_drafts[0])[0]
+    order = ordered(with_drafts[0])[1]  # top-k alone, which takes little time
     assert not order.is_compiled()
     compile_orders.write(tmp_path, [order])
     subprocess.run(
