@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import torch
-from vllm.config import set_current_vllm_config
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 from vllm.v1.worker.workspace import init_workspace_manager
@@ -37,6 +37,5 @@ class EmulatedWorker(Worker):
         self.init_snapshot = SimpleNamespace(free_memory=0)
         self.model_runner = Runner(self.vllm_config, DEVICE)
 
-    def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        with set_current_vllm_config(self.vllm_config):
-            self.model_runner.load_model(load_dummy_weights=load_dummy_weights)
+    def _scoped_allocator_max_split(self, max_split_size_mb: int) -> AbstractContextManager[None]:
+        return nullcontext()
