@@ -1,9 +1,9 @@
 """How many programs gather the keys of a request that is read.
 
-vLLM's Triton kernel takes a token after the other, each in about a microsecond, most of it waiting
-for memory, and gives a request 128 programs, fewer than an RTX PRO 6000 has multiprocessors. Behind
-124,000 tokens that was 170 us a call on an H200, where the CuTeDSL kernel, which it replaces on the
-portable path, takes 5 (reports/engine).
+vLLM's Triton kernel takes a token after the other, each in about 4 us, most of it waiting for
+memory, and gives a request 128 programs, fewer than an RTX PRO 6000 has multiprocessors. In a
+prompt of 124,000 tokens the ten calls of a chunk of five layers took 1.7 ms on an H200, where those
+of the CuTeDSL kernel, which it replaces on the portable path, take 0.04 (reports/engine).
 """
 
 from __future__ import annotations
