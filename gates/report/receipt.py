@@ -35,7 +35,9 @@ def machine(serving: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "gates_commit": _commit(),
         # A server that the suite starts takes them over.
-        "settings": {name: os.environ[name] for name in sorted(os.environ) if name[:6] == "SM12X_"},
+        "settings": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("SM12X_")
+        },
         "packages": {name: found for name in LIBRARIES if (found := version(name))},
     }
     found.update(gpus())

@@ -10,7 +10,7 @@ from gates.report.format import shown, spread
 from gates.results import GateResult, RowResult, expected_of
 from gates.spec import Column, Gate, Unit
 
-SPREAD = ("ttft_mean", "decode_mean", "output_tok_s", "input_tok_s", "itl_p99")
+# The figures whose spread is shown, in the order of their columns.
 UNITS: dict[str, Unit] = {
     "ttft_mean": "s",
     "decode_mean": "tok/s",
@@ -91,8 +91,10 @@ def _name_columns(result: GateResult) -> list[Column]:
 def spread_table(variant: Variant) -> Table | None:
     """Median and spread over the repeats; None where nothing was repeated."""
     rows = variant.result.rows
-    figures = [name for name in SPREAD if any(name in row.spread for row in rows)]
-    figures = [name for name in figures if name != unasked(variant.result.gate)]
+    skipped = unasked(variant.result.gate)
+    figures = [
+        name for name in UNITS if name != skipped and any(name in row.spread for row in rows)
+    ]
     if not figures or all(len(row.measured) < 2 for row in rows):
         return None
     columns = _name_columns(variant.result)

@@ -31,6 +31,7 @@ def dispatcher(
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         speculative_config=drafting,
+        num_speculative_tokens=drafted,
         lora_config=None,
         performance_mode="balanced",
     )

@@ -30,7 +30,6 @@ def sizes_of_a_full_house(vllm_config: VllmConfig, largest: int) -> list[int]:
     """
     if not (portable_operations() and is_deepseek_v4(vllm_config)):
         return []
-    drafting = vllm_config.speculative_config
-    drafted = 0 if drafting is None else drafting.num_speculative_tokens or 0
-    size = vllm_config.scheduler_config.max_num_seqs * (1 + drafted)
+    requests = vllm_config.scheduler_config.max_num_seqs
+    size = requests * (1 + vllm_config.num_speculative_tokens)
     return [size] if size <= largest else []

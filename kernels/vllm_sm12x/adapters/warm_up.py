@@ -278,13 +278,12 @@ def limits_of(vllm_config: Any) -> Limits:
     """The bounds of the engine that ``vllm_config`` configures."""
     scheduler = vllm_config.scheduler_config
     tokens = scheduler.max_num_batched_tokens
-    drafting = vllm_config.speculative_config
-    drafted = 0 if drafting is None else drafting.num_speculative_tokens
+    tokens_a_request = 1 + vllm_config.num_speculative_tokens
     # A full graph pads a batch to the sizes that are captured.
     captured = max(vllm_config.compilation_config.cudagraph_capture_sizes or [0])
     return Limits(
         tokens=tokens,
-        decode_tokens=min(tokens, max(scheduler.max_num_seqs * (1 + drafted), captured)),
+        decode_tokens=min(tokens, max(scheduler.max_num_seqs * tokens_a_request, captured)),
         expert_tokens=tokens * vllm_config.parallel_config.data_parallel_size,
     )
 

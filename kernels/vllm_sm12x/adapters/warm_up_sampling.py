@@ -33,8 +33,7 @@ def add_sampling(calls: Calls, worker: Worker) -> None:
     """
     config, requests = worker.vllm_config, worker.vllm_config.scheduler_config.max_num_seqs
     vocab_size = worker.model_runner.input_batch.vocab_size
-    drafting = config.speculative_config
-    drafted = 0 if drafting is None else drafting.num_speculative_tokens
+    drafting, drafted = config.speculative_config, config.num_speculative_tokens
     calls.add_always(
         _apply_grammar, requests * (1 + drafted), vocab_size, config.model_config.dtype
     )
@@ -55,9 +54,7 @@ def add_likely(calls: Calls, worker: Worker) -> None:
         worker: As of :func:`add_sampling`; its model need not be there.
     """
     config = worker.vllm_config
-    drafting = config.speculative_config
-    drafted = 0 if drafting is None else drafting.num_speculative_tokens
-    rows = config.scheduler_config.max_num_seqs * max(1, drafted)
+    rows = config.scheduler_config.max_num_seqs * max(1, config.num_speculative_tokens)
     calls.add_always(_keep_likely, rows, worker.model_runner.input_batch.vocab_size)
 
 

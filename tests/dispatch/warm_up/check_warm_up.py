@@ -206,12 +206,12 @@ def test_what_is_decoded_at_most(engine):
     assert limits.expert_tokens == 8192
     wide = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=100, max_num_seqs=90),
-        speculative_config=None,
+        num_speculative_tokens=0,
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 96]),
         parallel_config=SimpleNamespace(data_parallel_size=4),
     )
     assert warm_up.limits_of(wide) == warm_up.Limits(100, 96, 400)
-    wide.speculative_config = SimpleNamespace(num_speculative_tokens=1)
+    wide.num_speculative_tokens = 1
     assert warm_up.limits_of(wide).decode_tokens == 100
 
 
