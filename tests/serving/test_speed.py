@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engine.rows import read
+from tests.serving.import_log import imported
 from tests.serving.served import PLATFORM, ROOT, WORKER
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The rows of a short run, and what its report says."""
+    """The rows of a short run, what its report says, and the server's log."""
     place = tmp_path_factory.mktemp("speed")
     caches, out = place / "caches", place / "rows.jsonl"
     # vLLM asks for the model's classes in a process of its own and keeps the answer.
@@ -31,6 +32,7 @@ def measured(tmp_path_factory):
             *("--ttft", "512,5000", "--concurrency", "1,4", "--repeats", "2"),
             *("--random", "2", "--requests", "3", "--commit", "abc", "--budget", "420"),
             *("--", "--worker-cls", WORKER),
+            *("--middleware", "tests.serving.import_log.ImportLog"),
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(PLATFORM), "CUDA_VISIBLE_DEVICES": ""},
@@ -47,7 +49,7 @@ def measured(tmp_path_factory):
         text=True,
         check=True,
     ).stdout
-    return read([out]), report
+    return read([out]), report, place / "server.log"
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -58,7 +60,7 @@ def of(rows, kind):
 
 
 def test_every_cell_was_measured(measured):
-    rows, _ = measured
+    rows, _, _ = measured
     assert [row["prompt_tokens"] for row in of(rows, "ttft")] == [512, 5000]
     assert [row["concurrency"] for row in of(rows, "decode")] == [1, 4]
     assert [row["number"] for row in of(rows, "request")] == [1, 2]
@@ -81,6 +83,15 @@ def test_the_start_was_cut_into_stages_of_vllms_own_log(measured):
         "server: until it answers",
     ]
     assert sum(stage["s"] for stage in start["stages"]) == pytest.approx(start["ready_s"], abs=0.1)
+
+
+def test_the_first_request_imports_nothing(measured):
+    """What the server imports when it is asked, it imports for two requests of its own."""
+    log = measured[2]
+    assert "Answered 2 of 2 requests of the server's own" in log.read_text(errors="replace")
+    own, _, *others = imported(log)
+    assert own and len(others) > 8
+    assert others == [[]] * len(others)
 
 
 def test_drafts_count_as_the_worker_makes_them(measured):
