@@ -218,6 +218,8 @@ async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
                             repeats=args.repeats,
                             random=args.random,
                             requests=args.requests,
+                            # More at once would wait for each other.
+                            profile=tuple(one for one in Plan.profile if one <= args.max_num_seqs),
                             profile_prompts=args.profile_prompts,
                         )
                     )
