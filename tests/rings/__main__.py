@@ -144,7 +144,7 @@ def _ring_0(chosen: Sequence[Part], selection: Selection) -> list[Result]:
         result = running.run_part(chosen[0], selection, log=None)
         return [result] if result else []
     # Two at a time: most parts wait for imports and child processes. The longest starts first.
-    order = sorted(chosen, key=lambda part: part.kind != "suite")
+    order = sorted(chosen, key=lambda part: -part.minutes)
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda part: _run_logged(part, selection), order))
     by_name = {result.name: result for result in done if result}

@@ -16,7 +16,7 @@ from tests.rings import running
 from tests.rings.parts import NAMES, PARTS, Part
 from tests.rings.running import Selection
 
-PART = Part("sample", "checks", "nothing")
+PART = Part("sample", "checks", 0, "nothing")
 
 
 @pytest.fixture

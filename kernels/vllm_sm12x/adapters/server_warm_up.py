@@ -2,9 +2,9 @@
 
 What is compiled is compiled by then (``warm_up``), yet a first request finds other things undone:
 modules that the server and the engine import when they are needed, routes and validators that
-FastAPI and pydantic build, the tokenizer's tables, the first launch of every graph. Two short
-requests, one to each of the two usual routes, go through all of it: through the server's own
-middlewares, without a socket, while it starts.
+FastAPI and pydantic build, the tokenizer's tables. Two short requests, one to each of the two usual
+routes, go through all of it: through the server's own middlewares, without a socket, while it
+starts.
 
 They are requests like others: the server's counters count them, and a log of requests has them.
 The environment variable ``SM12X_SERVER_WARM_UP`` says whether they are sent: ``auto`` (the default)
