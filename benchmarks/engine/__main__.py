@@ -94,7 +94,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--memory", type=float, default=0.9, help="share of a GPU's memory")
     p.add_argument("--max-num-seqs", type=int, default=8, help="(default: 8)")
-    p.add_argument("--commit", help="commit to name in the rows where git cannot tell")
+    p.add_argument(
+        "--commit",
+        help="commit to name in the rows where git cannot tell; with --report: of these rows alone",
+    )
     p.add_argument(
         "serve", nargs="*", metavar="-- OPTION", help="further options of vllm serve, after --"
     )
@@ -126,12 +129,17 @@ def checked(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def variant(args: argparse.Namespace) -> str:
-    """The name of what is compared: the path, the form of its operations, the lowering."""
-    if args.path == "native":
-        return "native"
+    """The name of what is compared: the path, the form of its operations, the lowering.
+
+    A start by fork, which vLLM's server takes when the variable says so, is something else too.
+    """
     forms = {"all": "portable", "none": "portable (PyTorch)"}
     name = forms.get(args.kernels, f"portable ({args.kernels})")
-    return name if args.kernels == "none" else f"{name}, {args.lowering}"
+    if args.kernels != "none":
+        name += f", {args.lowering}"
+    if args.path == "native":
+        name = "native"
+    return name + (", fork" if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "fork" else "")
 
 
 def _profiler(folder: Path) -> tuple[str, str]:
@@ -238,9 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = checked(words)
     if args.report:
         try:
-            print(tables.report(read(args.report)))
+            print(tables.reports(read(args.report), args.commit))
         except StackError as error:
-            print(f"error: {error}", file=sys.stderr)
+            hint = f"\n  -> {error.hint}" if error.hint else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
             return 1
         return 0
     known = about(words, args.commit) | {

@@ -177,15 +177,16 @@ class Bench:
         )
 
     async def random(self, concurrency: int, plan: Plan) -> None:
-        """As the table of random 8K/1K: all requests at hand, so many at a time, temperature 0."""
+        """As the table of random 8K/1K: all requests at hand, so many at a time, temperature 0.
+
+        Before them a wave of short answers that is not counted.
+        """
+        key = {"concurrency": concurrency, "prompt_tokens": plan.random_prompt}
+        short = max(2, plan.random_tokens // 32)
+        await self._warm("random", key, lambda: self._wave(concurrency, plan.random_prompt, short))
         await self._cell(
             "random",
-            {
-                "concurrency": concurrency,
-                "prompt_tokens": plan.random_prompt,
-                "max_tokens": plan.random_tokens,
-                "temperature": 0.0,
-            },
+            {**key, "max_tokens": plan.random_tokens, "temperature": 0.0},
             lambda: self._queue(plan, concurrency),
         )
 

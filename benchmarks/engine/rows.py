@@ -15,8 +15,13 @@ from gates.report import receipt
 from stack.errors import StackError
 
 Row = dict[str, Any]
-# Settings of ours that the caller's environment may have, and no option says.
-SETTINGS = ("SM12X_MTP_FULL_GRAPHS", "SM12X_EXPERT_ACTIVATIONS")
+# Settings that the caller's environment may have, and no option says.
+SETTINGS = (
+    "SM12X_MTP_FULL_GRAPHS",
+    "SM12X_EXPERT_ACTIVATIONS",
+    "SM12X_SERVER_WARM_UP",
+    "VLLM_WORKER_MULTIPROC_METHOD",
+)
 NEEDED = ("kind", "variant", "layers", "tp", "date", "commit", "machine", "command")
 
 

@@ -23,6 +23,28 @@ IN_FP8 = ("mqa_logits", "paged_mqa_logits", "fp8_einsum", "fp8_linear", "mxfp4_e
 Key = tuple[Any, ...]
 
 
+def reports(rows: Sequence[Row], commit: str | None = None) -> str:
+    """A report of each model and machine in the rows, one after the other.
+
+    Args:
+        commit: Only rows of commits that begin so.
+
+    Raises:
+        StackError: No row is left.
+    """
+    kept = [row for row in rows if row["commit"].startswith(commit or "")]
+    if not kept:
+        known = ", ".join(sorted({row["commit"][:12] for row in rows})) or "none"
+        raise StackError(
+            f"no rows to report{f' of commit {commit!r}' if commit else ''}",
+            f"measure first; --help says how; commits with rows: {known}",
+        )
+    groups: dict[Key, list[Row]] = {}
+    for row in kept:
+        groups.setdefault((row["machine"], row["layers"], row["tp"]), []).append(row)
+    return "\n\n".join(map(report, groups.values()))
+
+
 def report(rows: Sequence[Row]) -> str:
     """Every table that the rows allow, as Markdown. Of cells measured twice the last one counts.
 

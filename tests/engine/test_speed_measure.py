@@ -132,9 +132,10 @@ def test_so_many_requests_run_at_a_time(fake, tmp_path):
         return most
 
     plan = Plan(random_prompt=32, random_tokens=8, requests=5)
-    (row,), _ = run(fake, tmp_path, lambda bench: bench.random(2, plan))
+    (warm, row), _ = run(fake, tmp_path, lambda bench: bench.random(2, plan))
+    assert (warm["kind"], warm["of"], warm["requests"]) == ("warm-up", "random", 2)
     assert (row["kind"], row["requests"], row["temperature"]) == ("random", 5, 0.0)
-    assert len(fake.sent) == 5
+    assert len(fake.sent) == 2 + 5
     assert open_at_once() == 2
 
 

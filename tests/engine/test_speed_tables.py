@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.engine import rows, tables
+from benchmarks.engine import __main__, rows, tables
 from stack.errors import StackError
 
 ABOUT = {
@@ -156,6 +156,35 @@ def test_what_was_left_out_or_compiled_meanwhile_is_said():
 def test_rows_that_cannot_be_compared_are_refused(name):
     with pytest.raises(StackError, match=name):
         tables.report([row("ttft"), row("ttft") | {name: "another"}])
+
+
+def test_each_model_has_a_report_of_its_own():
+    whole = row("ttft", prompt_tokens=1024, ttft_median=0.5) | {"layers": 43, "tp": 2}
+    few = row("ttft", prompt_tokens=1024, ttft_median=0.25)
+    found = tables.reports([few, whole])
+    first, second = found.split("43 layers, TP=2")
+    assert first.startswith("5 layers, TP=1") and "| 1,024 | 250 |" in first
+    assert "| 1,024 | 500 |" in second
+
+
+def test_a_commit_is_reported_alone():
+    later = row("ttft", prompt_tokens=1024, ttft_median=0.5) | {"commit": "fedc"}
+    both = [row("ttft", prompt_tokens=1024, ttft_median=0.25), later]
+    assert "| 1,024 | 250 |" in tables.reports(both, "0123")
+    assert "| 1,024 | 500 |" in tables.reports(both, "fedc")
+    with pytest.raises(StackError, match="of commit 'abc'") as error:
+        tables.reports(both, "abc")
+    assert "0123456789ab, fedc" in error.value.hint
+
+
+def test_a_start_by_fork_is_a_variant_of_its_own(monkeypatch):
+    args = __main__.checked(["--path", "portable", "--lowering", "sm120", "--caches", "x"])
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    assert __main__.variant(args) == "portable, sm120"
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    assert __main__.variant(args) == "portable, sm120, fork"
+    found = rows.about(["--start-only"], "abc")["command"]
+    assert found.startswith("VLLM_WORKER_MULTIPROC_METHOD=fork python -m ")
 
 
 def test_nothing_to_report_is_said():
