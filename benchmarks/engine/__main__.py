@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--layers", type=int, default=5, help="5 to 43 (default: 5)")
     p.add_argument("--tp", type=int, default=1, help="GPUs (default: 1)")
+    p.add_argument("--mtp", type=int, default=2, help="drafts a step, 0: none (default: 2)")
     p.add_argument("--caches", type=Path, help="folder of everything compiled; new: a cold start")
     p.add_argument("--out", type=Path, help="append the rows to this file of JSON lines")
     p.add_argument("--log", type=Path, help="keep the server's log in this file")
@@ -118,7 +119,13 @@ def checked(argv: Sequence[str]) -> argparse.Namespace:
         model.compress_ratios(args.layers)
     except ValueError as error:
         p.error(f"--{error}")
-    for name, least in (("tp", 1), ("repeats", 1), ("requests", 1), ("max_num_seqs", 1)):
+    for name, least in (
+        ("tp", 1),
+        ("mtp", 0),
+        ("repeats", 1),
+        ("requests", 1),
+        ("max_num_seqs", 1),
+    ):
         if getattr(args, name) < least:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: allowed: {least} and more")
     if args.budget <= STOP_S:
@@ -172,6 +179,7 @@ async def measure(args: argparse.Namespace, rows: Rows, folder: Path) -> int:
         folder / "model",
         free_port(),
         tp=args.tp,
+        mtp=args.mtp,
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=args.max_num_seqs,
         memory=args.memory,
@@ -256,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "variant": variant(args),
         "layers": args.layers,
         "tp": args.tp,
-        "mtp": 2,
+        "mtp": args.mtp,
     }
     rows = Rows(known, args.out)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,8 @@ LARGEST = 3
 # Measured on the machine: GB/s of a copy, TFLOP/s of a bf16 matrix product. FP8 has twice that.
 MACHINES = {"H200": (4300.0, 790.0)}
 IN_FP8 = ("mqa_logits", "paged_mqa_logits", "fp8_einsum", "fp8_linear", "mxfp4_experts")
+# What rows of one table have in common.
+ALIKE = ("layers", "tp", "mtp", "machine")
 Key = tuple[Any, ...]
 
 
@@ -41,7 +43,8 @@ def reports(rows: Sequence[Row], commit: str | None = None) -> str:
         )
     groups: dict[Key, list[Row]] = {}
     for row in kept:
-        groups.setdefault((row["machine"], row["layers"], row["tp"]), []).append(row)
+        model_of = tuple(row.get(name) for name in ALIKE)
+        groups.setdefault(model_of, []).append(row)
     return "\n\n".join(map(report, groups.values()))
 
 
@@ -49,12 +52,12 @@ def report(rows: Sequence[Row]) -> str:
     """Every table that the rows allow, as Markdown. Of cells measured twice the last one counts.
 
     Raises:
-        StackError: There are no rows, or they are of different models or machines.
+        StackError: There are no rows, or they are of different models, drafts or machines.
     """
     if not rows:
         raise StackError("no rows to report", "measure first; --help says how")
-    for name in ("layers", "tp", "machine"):
-        values = {str(row[name]) for row in rows}
+    for name in ALIKE:
+        values = {str(row.get(name)) for row in rows}
         if len(values) > 1:
             raise StackError(
                 f"rows of different {name}: {', '.join(sorted(values))}",

@@ -152,7 +152,7 @@ def test_what_was_left_out_or_compiled_meanwhile_is_said():
     assert "* portable, sm120: stopped: the budget of 60 s is spent, before ttft 8192" in found
 
 
-@pytest.mark.parametrize("name", ["layers", "tp", "machine"])
+@pytest.mark.parametrize("name", ["layers", "tp", "mtp", "machine"])
 def test_rows_that_cannot_be_compared_are_refused(name):
     with pytest.raises(StackError, match=name):
         tables.report([row("ttft"), row("ttft") | {name: "another"}])
