@@ -8,6 +8,15 @@ import sys
 
 from stack.errors import StackError
 
+TEXT = """Measure how a build serves: the gates of gates/files/ on any OpenAI-compatible server,
+with a report whose tables are those that were published."""
+EXAMPLE = """example, from the root of the checkout:
+  python -m gates doctor --python serve/bin/python
+  python -m gates run --profile 2x-rtx-pro-6000 --size short \\
+      --url http://127.0.0.1:8000 --out runs/first
+  python -m gates compare runs/before runs/after
+
+python -m gates COMMAND --help says more of each command, and gates/README.md of the gates."""
 # The order is the order of `--help`.
 COMMANDS = {
     "run": "gates.commands.run",
@@ -24,7 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     0 is done and passed, 1 failed, 2 wrong usage, 3 a gate failed or was not run, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m gates", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m gates",
+        description=TEXT,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     try:
         for name, module in COMMANDS.items():

@@ -21,6 +21,11 @@ Body = dict[str, Any]
 CONNECT_S = 10.0
 
 
+def bare(url: str) -> str:
+    """A server's address without ``/v1``, which many name with it; every path here begins there."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def http(base_url: str, api_key: str | None = None) -> httpx.AsyncClient:
     """The connection pool of a run: no limit of its own, no proxy, no redirect."""
     return httpx.AsyncClient(

@@ -11,6 +11,8 @@ guessed.
   beside them.
 * ``fairness``: the slowest answer's decode rate over the fastest one's, in a row.
 * ``longest_stall``: the longest gap inside a running answer.
+* ``succeeded``: the answers without a fault; with ``failures`` they make up ``requests``.
+* ``prompt_tokens_mean``: what the server's ``usage`` counted, never the length that was asked for.
 * ``output_tok_s``: all tokens of the row over the time from the first request to the last chunk,
   wave by wave.
 """
@@ -31,6 +33,7 @@ Figures = dict[str, Any]
 ROW = frozenset(
     [
         "requests",
+        "succeeded",
         "failures",
         "prompt_tokens_mean",
         "prompt_tokens_max",
@@ -99,7 +102,11 @@ def row(waves: Sequence[Sequence[Answer]], slow_stall: float | None = None) -> F
     answers = [answer for wave in waves for answer in wave]
     good = [answer for answer in answers if not answer.fault]
     single = [of_answer(answer) for answer in good]
-    figures: Figures = {"requests": len(answers), "failures": len(answers) - len(good)}
+    figures: Figures = {
+        "requests": len(answers),
+        "succeeded": len(good),
+        "failures": len(answers) - len(good),
+    }
 
     def spread(name: str, source: str, **functions: Any) -> None:
         values = [one[source] for one in single if source in one]

@@ -53,7 +53,9 @@ def of_gate(folder: RunFolder, gate: Gate) -> GateResult:
     """What one gate came to."""
     rows: dict[str, list[dict[str, Any]]] = {}
     problems: list[str] = []
-    for cell in folder.of("cell", gate=gate.name):
+    # Of a cell that was measured again the last attempt counts; the others stay in the file.
+    cells = {cell["cell"]: cell for cell in folder.of("cell", gate=gate.name)}
+    for cell in cells.values():
         if cell["status"] == "measured":
             entry = {"figures": cell["figures"], "answers": _answers(folder, cell), "cell": cell}
             rows.setdefault(json.dumps(cell["key"]), []).append(entry)
@@ -104,6 +106,8 @@ def of_gate(folder: RunFolder, gate: Gate) -> GateResult:
         result.status = "failed"
     elif not found:
         result.why, result.status = ["nothing was measured"], "not run"
+    elif unproven := workload.unproven([row.figures for row in found]):
+        result.why, result.status = [unproven], "not run"
     return result
 
 
@@ -130,6 +134,8 @@ def judge(row: RowResult, threshold: Threshold, profile: str) -> None:
         return
     value = row.figures.get(threshold.figure)
     name = " ".join(f"{key}={value}" for key, value in row.key.items())
+    if value is None and threshold.optional:
+        return
     if value is None:
         said = f"{name}: {threshold.figure} could not be measured"
     elif threshold.min is not None and value < threshold.min:

@@ -50,7 +50,7 @@ class Runner:
 
     async def run(self) -> None:
         """Measure what is not on disk yet."""
-        done = {row["cell"] for row in self.folder.of("cell")}
+        done = self._measured()
         cells = [cell for phase in self.phases for cell in phase.cells]
         self.display.total(
             sum(cell.weight for cell in cells),
@@ -73,14 +73,20 @@ class Runner:
             self.display.phase(phase, number, len(self.phases))
             await self._phase(phase, left)
 
+    def _measured(self) -> set[str]:
+        """The cells that are on disk, without those whose server had died: they are begun again."""
+        dead = {(row.get("cell"), row.get("attempt")) for row in self.folder.of("phase")}
+        rows = self.folder.of("cell")
+        return {row["cell"] for row in rows if (row["cell"], row["attempt"]) not in dead}
+
     def _leave_out(self, phase: Phase) -> None:
         known = {row["cell"] for row in self.folder.of("skipped")}
         for cell, why in phase.skipped:
             if cell.id not in known:
                 self.folder.write("skipped", gate=phase.gate.name, cell=cell.id, why=why)
 
-    def _state(self, gate: Gate, state: str, why: str = "") -> None:
-        self.folder.write("phase", gate=gate.name, state=state, why=why)
+    def _state(self, gate: Gate, state: str, why: str = "", **more: Any) -> None:
+        self.folder.write("phase", gate=gate.name, state=state, why=why, **more)
 
     def _ended(self, gate: Gate) -> bool:
         phases = self.folder.of("phase", gate=gate.name)
@@ -92,20 +98,26 @@ class Runner:
             why = f"the server did not generate before it: {why}"
             self.display.say(f"  not run: {why}")
             self._state(phase.gate, "not run", why)
+            self.display.dropped(sum(cell.weight for cell in cells))
             return
         self._state(phase.gate, "started")
-        why = ""
-        for cell in cells:
+        why, dead = "", {}
+        for number, cell in enumerate(cells, 1):
             alive = await self._cell(phase.gate, cell)
             if not alive and guarded and (fault := await self.guard(phase.gate)):
                 why = f"the server stopped generating in {cell.id}: {fault}"
+                dead = {"cell": cell.id, "attempt": self._attempts(cell)}
                 self.display.say(f"  {why}")
+                self.display.dropped(sum(one.weight for one in cells[number:]))
                 break
-        self._state(phase.gate, "ended", why)
+        self._state(phase.gate, "ended", why, **dead)
+
+    def _attempts(self, cell: Cell) -> int:
+        return len(self.folder.of("begin", cell=cell.id))
 
     async def _cell(self, gate: Gate, cell: Cell) -> bool:
         """Measure one cell; false where no request of it came to a good end."""
-        attempt = len(self.folder.of("begin", cell=cell.id)) + 1
+        attempt = self._attempts(cell) + 1
         self.folder.write("begin", gate=gate.name, cell=cell.id, attempt=attempt)
         self.display.cell(cell)
         session = Session(

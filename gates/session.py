@@ -201,7 +201,7 @@ def body_of(target: Server, request: Request) -> dict[str, Any]:
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "stream_options": {"include_usage": True},
     }
     if request.top_p is not None:
         body["top_p"] = request.top_p
@@ -212,8 +212,11 @@ def body_of(target: Server, request: Request) -> dict[str, Any]:
         body["chat_template_kwargs"] = template
     if request.tools is not None:
         body["tools"], body["tool_choice"] = request.tools, "auto"
-    if request.ignore_eos and target.version is not None:
-        body["ignore_eos"] = True
+    # Fields of vLLM's own: another server may refuse a request that has them.
+    if target.version is not None:
+        body["stream_options"]["continuous_usage_stats"] = True
+        if request.ignore_eos:
+            body["ignore_eos"] = True
     return body
 
 

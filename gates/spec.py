@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gates import toml
+from gates import checks, toml
 from gates.toml import Strict
 from stack.errors import StackError
 
@@ -32,7 +32,9 @@ class Threshold(Strict):
 
     ``where`` names the rows by their key, all of them if empty. ``level = "warn"`` is said in the
     report and does not fail the gate. ``content`` marks a bound on what the model says: it is not
-    judged where the weights are made up (``--made-weights``).
+    judged where the weights are made up (``--made-weights``). ``optional`` marks a figure that not
+    every server or command line gives: a row without it is not judged. Without the mark such a row
+    has failed.
     """
 
     figure: str
@@ -42,6 +44,7 @@ class Threshold(Strict):
     profile: str | None = None
     level: Literal["fail", "warn"] = "fail"
     content: bool = False
+    optional: bool = False
     why: str
 
     @model_validator(mode="after")
@@ -172,37 +175,28 @@ def load_gate(path: Path) -> Gate:
             f"{path.name}: workload: must be one of {', '.join(WORKLOADS)}, not {gate.workload!r}"
         )
     workload = WORKLOADS[gate.workload]
+    sizes = {"params": gate}
     toml.check(workload.Params, gate.params, path.name, "params")
     if gate.short:
         repeats = gate.short.get("repeats", 1)
         if not isinstance(repeats, int) or repeats < 1:
             raise StackError(f"{path.name}: short.repeats: must be at least 1, not {repeats!r}")
-        toml.check(workload.Params, gate.sized("short").params, path.name, "short")
-    _check_names(gate, workload.KEYS, workload.FIGURES, path.name)
+        sizes["short"] = gate.sized("short")
+        toml.check(workload.Params, sizes["short"].params, path.name, "short")
+    checks.names(gate, workload.KEYS, workload.FIGURES, path.name)
+    keys: list[dict[str, Any]] = []
+    for where, sized in sizes.items():
+        params = workload.Params.model_validate(sized.params)
+        rows = [row[0].key for row in workload.cells(sized, params)]
+        checks.rows(rows, path.name, where)
+        keys += rows
+    if gate.total:
+        # The row of everything measured, as results.py names it.
+        keys.append({next(iter(keys[0])): "all"})
+    checks.where(gate, keys, path.name)
+    known = sorted(profile.stem for profile in (FOLDER / "profiles").glob("*.toml"))
+    checks.profiles(gate, known, path.name)
     return gate
-
-
-def _check_names(gate: Gate, keys: frozenset[str], figures: frozenset[str], file: str) -> None:
-    """Refuse a column, threshold or expected value of something the workload does not give."""
-
-    def refuse(where: str, name: str, allowed: frozenset[str]) -> None:
-        if name not in allowed:
-            raise StackError(
-                f"{file}: {where}: {gate.workload!r} has no {name!r}; allowed: "
-                + ", ".join(sorted(allowed))
-            )
-
-    for number, column in enumerate(gate.columns):
-        refuse(f"columns.{number}.figure", column.figure, keys | figures)
-    for number, threshold in enumerate(gate.thresholds):
-        refuse(f"thresholds.{number}.figure", threshold.figure, figures)
-        for key in threshold.where:
-            refuse(f"thresholds.{number}.where", key, keys)
-    for number, expected in enumerate(gate.expected):
-        for figure in expected.figures:
-            refuse(f"expected.{number}.figures", figure, figures)
-        for key in expected.where:
-            refuse(f"expected.{number}.where", key, keys)
 
 
 def load_gates(folder: Path = FOLDER / "files") -> dict[str, Gate]:

@@ -27,8 +27,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     p.add_argument("--weights-gb", type=float, metavar="GB", help="the checkpoint's size")
     p.add_argument(
         "--try-sampler",
-        action="store_true",
-        help="try FlashInfer's sampler for real; the first time it may compile for minutes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="try FlashInfer's sampler for real where there is a CUDA GPU; the first time it may "
+        "compile for minutes (default: yes)",
+    )
+    p.add_argument(
+        "--sampler-within",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="when trying the sampler is given up (default: 600)",
     )
     p.add_argument("--json", action="store_true", help="print data instead of text")
     p.set_defaults(run=run)
@@ -46,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise StackError(f"--utilization: must be above 0 and at most 1, not {args.utilization:g}")
     if args.context < 1:
         raise StackError(f"--context: must be 1 or more, not {args.context}")
-    facts = gather(args.python, args.try_sampler)
+    facts = gather(args.python, args.try_sampler, args.sampler_within)
     profile = (
         options.selected_profile(args)
         if args.profile

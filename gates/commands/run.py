@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     """Add the command's parser."""
     p = subparsers.add_parser(name, help="measure the gates on a server", description=TEXT)
     options.add_selection(p)
-    p.add_argument("--url", default=URL, help=f"the server (default: {URL})")
+    p.add_argument("--url", default=URL, help=f"the server, with or without /v1 (default: {URL})")
     p.add_argument("--model", help="its model (default: the first it lists)")
     p.add_argument("--variant", default="", help="a label for the tables, such as MTP=2")
     p.add_argument("--out", type=Path, metavar="FOLDER", help="where the run is kept")
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
-    from gates import client, server
+    from gates import client, redaction, server
+    from gates.commands import resume
+    from gates.doctor import examination
     from gates.launch import launched
     from gates.plan import plan
     from gates.progress import Display
@@ -81,8 +83,11 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
     from gates.runner import Runner
     from gates.store import RunFolder, now
 
-    http = client.http(args.url, os.environ.get("OPENAI_API_KEY"))
+    url = client.bare(args.url)
+    http = client.http(url, os.environ.get("OPENAI_API_KEY"))
     display = Display()
+    for line in examination.findings(profile, args.serve, args.python, args.made_weights):
+        display.say(line)
     args.out.mkdir(parents=True, exist_ok=True)
     async with (
         http,
@@ -90,7 +95,7 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
             args.serve, http, args.out / "logs" / "server.log", args.ready_within, display.say
         ) as start,
     ):
-        target = await server.probe(http, args.url, args.model)
+        target = await server.probe(http, url, args.model)
         given = options.data(args) | {"start": start}
         if start and not given["server_log"]:
             given["server_log"] = start["log"]
@@ -103,15 +108,14 @@ async def _measure(args: argparse.Namespace, gates: list, profile: Any) -> int:
             "made_weights": args.made_weights,
             "profile": profile.model_dump(),
             "server": target.record(),
-            "serve": list(args.serve),
+            "serve": redaction.command(args.serve),
             "options": recorded(given, args.out),
             "machine": receipt.machine(args.python or (start or {}).get("python")),
             "gates": [phase.gate.model_dump() for phase in phases],
             "order": {phase.gate.name: [row[0].key for row in phase.rows] for phase in phases},
         }
         if args.resume:
-            folder = RunFolder.resume(args.out)
-            same(folder.about, about)
+            folder = resume.opened(args.out, about)
         else:
             folder = RunFolder.create(args.out, about)
         try:
@@ -138,24 +142,3 @@ def recorded(given: dict[str, Any], out: Path) -> dict[str, Any]:
     if log and Path(log).is_relative_to(out):
         options["server_log"] = str(Path(log).relative_to(out))
     return options
-
-
-def same(kept: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuse to go on with a run of other gates, another server or another size.
-
-    Raises:
-        StackError: What differs.
-    """
-    different = [
-        name for name in ("size", "variant", "made_weights", "gates") if kept[name] != asked[name]
-    ]
-    if kept["profile"]["name"] != asked["profile"]["name"]:
-        different.append("profile")
-    for name in ("model", "version", "max_model_len", "prefix_cache", "speculation"):
-        if kept["server"][name] != asked["server"][name]:
-            different.append(f"the server's {name}")
-    if different:
-        raise StackError(
-            f"--resume: this is another run: {', '.join(different)} differ",
-            "begin a new one with another --out",
-        )

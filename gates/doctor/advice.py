@@ -207,10 +207,11 @@ def _sampler(facts: Facts) -> list[Finding]:
     if facts.sampler is not None:
         took = f"tried: {facts.sampler['seconds']:.1f} s the first time"
         return [Finding("fine", "FlashInfer's sampler works", took)]
+    untried = f"not tried: {facts.sampler_untried or 'left out'}"
     if facts.nvcc is None and facts.gpus:
-        said = "FlashInfer's sampler compiles at the start; it was not tried here (--try-sampler)"
+        said = f"FlashInfer's sampler compiles at the start; it was {untried}"
         return [Finding("warn", "no nvcc on the path", said, off)]
-    return []
+    return [Finding("fine", "FlashInfer's sampler was not tried", untried)]
 
 
 def recommended(profile: Profile, findings: Sequence[Finding]) -> list[tuple[str, str]]:

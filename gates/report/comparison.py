@@ -6,22 +6,27 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gates import redaction
 from gates.report.format import shown, spread, table
 from gates.results import RowResult, results
 from gates.spec import Gate, Unit
 from gates.store import RunFolder
 
-# Which way is good. Figures that are in neither are shown without a judgement.
-LESS = ("ttft", "tpot", "itl", "e2e", "longest_stall", "failures", "difference", "ready_s", "slow")
-MORE = (
-    "decode",
-    "output_tok_s",
-    "input_tok_s",
-    "fairness",
-    "acceptance",
-    "recalled",
-    "exact_match",
+# Which way is good, by how a figure's name begins. Those of neither are shown without a judgement.
+LESS = (
+    *("ttft", "tpot", "itl", "e2e", "longest_stall", "slow"),
+    *("ready_s", "init_s", "graph_s", "load_s"),
+    *("failures", "failed", "errors", "http_5xx", "log_", "aborted", "corrupted", "preemptions"),
+    *("difference", "imperfect"),
 )
+MORE = (
+    *("decode", "output_tok_s", "input_tok_s", "fairness", "succeeded"),
+    *("acceptance", "hit_share", "cached_share", "kv_cache_tokens"),
+    *("recalled", "matched", "exact_match", "same_first", "answer_same"),
+    *("score", "selection", "precision", "chain", "restraint", "recovery"),
+)
+# Of a gate's parts, each with the figures of the whole.
+PARTS = ("primary_", "secondary_", "first_turn_", "later_turns_")
 WITHIN = "within the spread"
 # Two runs of one build whose repeats lie wholly apart by chance: 1 in 3 with two repeats each, 1 in
 # 35 with four, 1 in 126 with five.
@@ -54,7 +59,9 @@ class Difference:
         if self.first["min"] <= self.second["max"] and self.second["min"] <= self.first["max"]:
             return WITHIN
         higher = self.second["median"] > self.first["median"]
-        bare = self.figure.removeprefix("primary_").removeprefix("secondary_")
+        bare = self.figure
+        for part in PARTS:
+            bare = bare.removeprefix(part)
         if bare.startswith(LESS):
             return "worse" if higher else "better"
         if bare.startswith(MORE):
@@ -103,6 +110,8 @@ def settings(first: RunFolder, second: RunFolder) -> list[list[str]]:
     rows = []
     for name in ("variant", "size", "made_weights", "serve", "profile", "server", "machine"):
         before, after = first.about.get(name), second.about.get(name)
+        if name == "serve":
+            before, after = redaction.command(before or []), redaction.command(after or [])
         if isinstance(before, dict) and isinstance(after, dict):
             keys = sorted(before.keys() | after.keys())
             pairs = [(f"{name}.{key}", before.get(key), after.get(key)) for key in keys]

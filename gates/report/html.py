@@ -37,6 +37,11 @@ def page(folders: Sequence[RunFolder]) -> str:
                 "table": tables.main_table(several)
                 if any(variant.result.rows for variant in several)
                 else None,
+                "lengths": [(v.label, told) for v in several if (told := tables.length_notes(v))],
+                "unpublished": [told for v in several if (told := tables.unpublished(v))],
+                "positions": [
+                    (v.label, made) for v in several if (made := tables.positions_table(v))
+                ],
                 "spread": [(v.label, made) for v in several if (made := tables.spread_table(v))],
                 "expected": [
                     (v.label, made) for v in several if (made := tables.expected_table(v))

@@ -7,7 +7,16 @@ from typing import Any
 
 from gates.report import format
 from gates.report.receipt import facts, notes
-from gates.report.tables import Table, Variant, expected_table, main_table, spread_table
+from gates.report.tables import (
+    Table,
+    Variant,
+    expected_table,
+    length_notes,
+    main_table,
+    positions_table,
+    spread_table,
+    unpublished,
+)
 from gates.results import results
 from gates.store import RunFolder
 
@@ -54,7 +63,10 @@ def _gate(several: Sequence[Variant]) -> list[str]:
     if any(variant.result.rows for variant in several):
         lines += [_table(main_table(several)), ""]
     for variant in several:
-        label = f" ({variant.label})" if variant.label else ""
+        if told := length_notes(variant):
+            lines += [f"Prompt lengths{_of(variant)}:", "", *(f"* {one}" for one in told), ""]
+    for variant in several:
+        label = _of(variant)
         lines.append(f"Verdict{label}: **{variant.result.status}**.")
         lines += [""] + [f"* {line}" for line in variant.result.why] if variant.result.why else []
         lines.append("")
@@ -65,12 +77,19 @@ def _gate(several: Sequence[Variant]) -> list[str]:
             if listed:
                 lines += [f"{title}:", "", *(f"* {line}" for line in listed), ""]
         for title, made in (
+            ("Acceptance by position of the draft", positions_table(variant)),
             ("Over the repeats", spread_table(variant)),
             ("Against what was measured before", expected_table(variant)),
         ):
             if made:
                 lines += [f"{title}{label}:", "", _table(made), ""]
+        if told := unpublished(variant):
+            lines += [told, ""]
     return lines
+
+
+def _of(variant: Variant) -> str:
+    return f" ({variant.label})" if variant.label else ""
 
 
 def _table(made: Table) -> str:

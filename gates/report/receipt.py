@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gates import redaction
 from gates.results import results
 from gates.store import RunFolder
 
@@ -35,9 +36,7 @@ def machine(serving: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "gates_commit": _commit(),
         # A server that the suite starts takes them over.
-        "settings": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith("SM12X_")
-        },
+        "settings": redaction.settings(os.environ),
         "packages": {name: found for name in LIBRARIES if (found := version(name))},
     }
     found.update(gpus())
@@ -130,7 +129,9 @@ def facts(folder: RunFolder) -> list[list[str]]:
         ["Suite", here.get("gates_commit") or "not a git checkout"],
         [
             "Serve command",
-            shlex.join(about.get("serve") or []) or "not known: the server ran already",
+            # Again, for a run that was kept before secrets were hidden.
+            shlex.join(redaction.command(about.get("serve") or []))
+            or "not known: the server ran already",
         ],
         ["Settings of the environment", _settings(here.get("settings"))],
         ["Begun", about["started"]],
@@ -148,13 +149,20 @@ def notes(folder: RunFolder) -> list[str]:
         )
     if folder.about.get("made_weights"):
         told.append("The weights are made up: what the model says was measured and not judged.")
+    for row in folder.of("resumed"):
+        told.append(
+            f"WARNING: begun with the suite at {row['before'] or 'no known commit'}, resumed at "
+            f"{row['at']} with {row['commit'] or 'no known commit'}: the figures are of both."
+        )
     return told
 
 
 def _settings(settings: dict[str, str] | None) -> str:
     if settings is None:
         return "not recorded"
-    return " ".join(f"{name}={value}" for name, value in settings.items()) or "no SM12X variable"
+    return " ".join(f"{name}={value}" for name, value in settings.items()) or (
+        f"none of {redaction.KEPT_NAMES}"
+    )
 
 
 def _server(server: dict[str, Any]) -> str:
@@ -181,7 +189,13 @@ def receipt(folder: RunFolder) -> dict[str, Any]:
         for result in results(folder)
     ]
     about = {key: value for key, value in folder.about.items() if key not in ("gates", "order")}
-    return {**about, "gates": gates, "not_run": [g for g in gates if g["status"] == "not run"]}
+    about["serve"] = redaction.command(about.get("serve") or [])
+    return {
+        **about,
+        "notes": notes(folder),
+        "gates": gates,
+        "not_run": [g for g in gates if g["status"] == "not run"],
+    }
 
 
 def written(folder: RunFolder) -> None:

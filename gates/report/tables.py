@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+from gates.prompts.fit import SLACK_TOKENS, TOLERANCE
 from gates.report.format import shown, spread
 from gates.results import GateResult, RowResult, expected_of
 from gates.spec import Column, Gate, Unit
@@ -112,6 +114,77 @@ def spread_table(variant: Variant) -> Table | None:
         ],
         [column.unit != "text" for column in columns] + [True] * (1 + len(figures)),
     )
+
+
+def positions_table(variant: Variant) -> Table | None:
+    """The share of drafts accepted at each position, the mean over the repeats; None without."""
+    columns, found = _name_columns(variant.result), []
+    for row in variant.result.rows:
+        told = [one["figures"].get("acceptance_by_position") for one in row.measured]
+        if told := [one for one in told if one]:
+            # Repeats of one server draft equally far.
+            found.append((row, [fmean(shares) for shares in zip(*told, strict=False)]))
+    if not found:
+        return None
+    most = max(len(shares) for _, shares in found)
+    return Table(
+        [column.head for column in columns] + [f"Position {number}" for number in range(most)],
+        [
+            _name(row, columns)
+            + [shown(share, "percent") for share in shares]
+            + [shown(None, "percent")] * (most - len(shares))
+            for row, shares in found
+        ],
+        [column.unit != "text" for column in columns] + [True] * most,
+    )
+
+
+def length_notes(variant: Variant) -> list[str]:
+    """What the table's prompt lengths do not hold: prompts uncounted, or of another length."""
+    entries = [
+        entry
+        for row in variant.result.rows
+        if list(row.key.values()) != ["all"]  # its parts are rows of their own
+        for one in row.measured
+        for entry in one["answers"]
+        if entry["answer"].chunks and "counted_tokens" in entry["note"]
+    ]
+    lengths = [
+        (entry["answer"].prompt_tokens or entry["note"]["counted_tokens"], entry["note"])
+        for entry in entries
+    ]
+    told = []
+    if uncounted := sum(got is None for got, _ in lengths):
+        told.append(
+            f"Nothing counted the tokens of {uncounted} of {len(lengths)} prompts (no /tokenize "
+            "and no usage): their length is an estimate."
+        )
+    asked: dict[int, list[int]] = {}
+    for got, note in lengths:
+        if got is not None and note.get("wanted_tokens"):
+            asked.setdefault(note["wanted_tokens"], []).append(got)
+    for wanted, sizes in sorted(asked.items()):
+        allowed = max(SLACK_TOKENS, round(TOLERANCE * wanted))
+        if wrong := sorted(got for got in sizes if abs(got - wanted) > allowed):
+            told.append(
+                f"{len(wrong)} of {len(sizes)} prompts of {wanted:,} tokens had {_range(wrong)}, "
+                f"off by more than {TOLERANCE:.1%}."
+            )
+    return told
+
+
+def _range(numbers: list[int]) -> str:
+    if numbers[0] == numbers[-1]:
+        return f"{numbers[0]:,}"
+    return f"{numbers[0]:,} to {numbers[-1]:,}"
+
+
+def unpublished(variant: Variant) -> str:
+    """That nobody published a figure for these rows on this hardware; empty where one was."""
+    if variant.size != "full" or not variant.result.rows or expected_table(variant):
+        return ""
+    label = f" and the variant {variant.label}" if variant.label else ""
+    return f"No published figure for the profile {variant.profile}{label}."
 
 
 def expected_table(variant: Variant) -> Table | None:

@@ -71,7 +71,7 @@ class Arrival(Workload):
     FIGURES = (
         figures.ROW
         | {f"{role}_{name}" for role in ROLES for name in figures.ROW}
-        | {"acceptance", "acceptance_length", "recalled"}
+        | {"acceptance", "acceptance_length", "recalled", "overlapped"}
     )
 
     def cells(self, gate: Gate, params: Params) -> list[list[Cell]]:
@@ -169,7 +169,27 @@ class Arrival(Workload):
         ]
         if shares:
             result["recalled"] = sum(shares) / len(shares)
+        beside = [overlapped(cell["answers"]) for cell in measured]
+        if known := [share for share in beside if share is not None]:
+            result["overlapped"] = sum(known) / len(known)
         return result
+
+
+def overlapped(entries: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of the secondaries during which a primary ran; None where there are not both.
+
+    A primary runs from its sending to its last chunk. What counts of a secondary is its first
+    chunk: where every primary had ended by then, the two were not measured beside each other.
+    """
+    answers: dict[str, list[Answer]] = {role: [] for role in ROLES}
+    for entry in entries:
+        if entry["role"] in answers and entry["answer"].chunks:
+            answers[entry["role"]].append(entry["answer"])
+    spans = [(one.sent_at, one.sent_at + one.chunks[-1].at) for one in answers["primary"]]
+    firsts = [one.sent_at + one.chunks[0].at for one in answers["secondary"]]
+    if not spans or not firsts:
+        return None
+    return sum(any(begin <= at <= end for begin, end in spans) for at in firsts) / len(firsts)
 
 
 class _Countdown:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator
 
 from gates import figures
 from gates.answer import Answer
@@ -12,6 +14,17 @@ from gates.figures import Figures
 from gates.session import Cell, Session
 from gates.spec import Gate
 from gates.toml import Strict
+
+
+def _once(values: list[int]) -> list[int]:
+    """As it is; a number given twice would be one row, and would stand for two."""
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"each may be there once; twice or more: {', '.join(map(str, twice))}")
+    return values
+
+
+# Numbers that make a row each.
+RowNumbers = Annotated[list[int], AfterValidator(_once)]
 
 
 class Workload(ABC):
@@ -40,6 +53,10 @@ class Workload(ABC):
     def missing(self, params: Any, options: Mapping[str, Any]) -> str | None:
         """Why it cannot run with what the command line gave (data, programs), or None."""
         return None
+
+    def unproven(self, rows: Sequence[Figures]) -> str:
+        """Why what was measured proves nothing, so that the gate was not run; empty if it does."""
+        return ""
 
     def row(self, measured: Sequence[Mapping[str, Any]]) -> Figures:
         """The figures of a table row.

@@ -14,7 +14,7 @@ from gates.figures import Figures
 from gates.session import Cell, Session
 from gates.spec import Gate
 from gates.toml import Strict
-from gates.workloads.base import Workload
+from gates.workloads.base import RowNumbers, Workload, mean
 from stack.errors import StackError
 
 HOURS_S = 3600.0
@@ -23,7 +23,7 @@ HOURS_S = 3600.0
 class Params(Strict):
     """``vllm bench serve`` on mt-bench, ``prompts`` of it, at each concurrency."""
 
-    concurrency: list[int] = Field(min_length=1)
+    concurrency: RowNumbers = Field(min_length=1)
     prompts: int = Field(default=80, ge=1)
     temperature: float = Field(ge=0, le=2)
     output_tokens: int = Field(default=256, ge=1)
@@ -97,8 +97,6 @@ class Bench(Workload):
 
     def row(self, measured: Any) -> Figures:
         """The mean over the repeats; requests and failures are added up."""
-        from gates.workloads.base import mean
-
         repeats = [cell["figures"] for cell in measured]
         total = {name: sum(one[name] for one in repeats) for name in ("requests", "failures")}
         return mean(repeats) | total
@@ -146,6 +144,9 @@ def read(saved: Path) -> Figures:
         if result.get("spec_decode_acceptance_rate") is not None:
             told["acceptance"] = result["spec_decode_acceptance_rate"] / 100
             told["acceptance_length"] = result["spec_decode_acceptance_length"]
+        # Shares of 1, unlike the rate.
+        if positions := result.get("spec_decode_per_position_acceptance_rates"):
+            told["acceptance_by_position"] = positions
         return told
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StackError(

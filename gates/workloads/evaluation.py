@@ -83,7 +83,15 @@ class Evaluation(Workload):
         await programs.run(
             [*command(session, params, out, bool(extra)), *extra], log, params.within_s, offline
         )
-        return read(out)
+        told = read(out)
+        if told["requests"] != params.questions:
+            # The key says how many were asked for: no row may stand under another number.
+            raise StackError(
+                f"lm_eval counted {told['requests']} questions, {params.questions} were asked for "
+                f"(exact_match_strict {told['exact_match_strict']:.4g} of those counted)",
+                "give the whole data set, or read the log beside it",
+            )
+        return told
 
     def row(self, measured: Any) -> Figures:
         """The mean over the repeats."""

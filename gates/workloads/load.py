@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,7 +14,7 @@ from gates.server import acceptance
 from gates.session import Cell, Request, Session, note_of
 from gates.spec import Gate
 from gates.toml import Strict
-from gates.workloads.base import Workload
+from gates.workloads.base import RowNumbers, Workload
 
 Kind = Literal["archive", "story", "audit", "random", "question"]
 LABELS = {
@@ -37,7 +38,7 @@ class Case(Strict):
     label: str = ""
     prompt_tokens: int | None = Field(default=None, ge=32)
     frontier: int | None = Field(default=None, ge=256)
-    concurrency: list[int] = Field(default=[1], min_length=1)
+    concurrency: RowNumbers = Field(default=[1], min_length=1)
     requests: int | None = Field(default=None, ge=1)
     max_tokens: int = Field(ge=1)
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -79,7 +80,14 @@ class Load(Workload):
             "thinking",
         }
     )
-    FIGURES = figures.ROW | {"acceptance", "acceptance_length", "recalled", "recalled_min"}
+    FIGURES = figures.ROW | {
+        "acceptance",
+        "acceptance_length",
+        "recalled",
+        "recalled_min",
+        "matched",
+        "matched_min",
+    }
 
     def cells(self, gate: Gate, params: Params) -> list[list[Cell]]:
         """A row for each case and concurrency."""
@@ -144,15 +152,17 @@ class Load(Workload):
         )
 
     def row(self, measured: Any) -> Figures:
-        """What all answers give, and the share of what was hidden that came back."""
+        """What all answers give, and how much of what was hidden came back, as share and number."""
         result = super().row(measured)
-        shares = [
-            entry["note"]["found"] / entry["note"]["hidden"]
+        notes = [
+            entry["note"]
             for cell in measured
             for entry in cell["answers"]
             if entry["note"].get("hidden")
         ]
-        if shares:
-            result["recalled"] = sum(shares) / len(shares)
-            result["recalled_min"] = min(shares)
+        if notes:
+            shares = [note["found"] / note["hidden"] for note in notes]
+            numbers = [note["found"] for note in notes]
+            result["recalled"], result["recalled_min"] = fmean(shares), min(shares)
+            result["matched"], result["matched_min"] = fmean(numbers), min(numbers)
         return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,10 @@ class Logprobs(Workload):
         theirs = reference(Path(session.options["reference"]), name)
         return {"requests": 1, "failures": 0} | compare(mine, theirs)
 
+    def unproven(self, rows: Sequence[Figures]) -> str:
+        """A reference that was written is held against nothing."""
+        return "reference written" if any("written" in row for row in rows) else ""
+
     def row(self, measured: Any) -> Figures:
         """As it was."""
         return dict(measured[-1]["figures"])
@@ -131,7 +136,18 @@ def measured(reply: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{len(tokens)} tokens, {len(values)} log-probabilities, a prompt of {prompt}"
         )
+    # The first token follows nothing and has none.
+    wrong = [at for at, value in enumerate(values) if at and not _is_logprob(value)]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(values)} log-probabilities are no numbers, the first at "
+            f"position {wrong[0]}: {values[wrong[0]]!r}"
+        )
     return {"tokens": tokens, "logprobs": values, "first": first, "prompt": prompt}
+
+
+def _is_logprob(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
 
 
 def compare(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Figures:

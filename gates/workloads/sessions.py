@@ -15,7 +15,7 @@ from gates.prompts import document, prose
 from gates.session import Cell, Request, Session
 from gates.spec import Gate
 from gates.toml import Strict
-from gates.workloads.base import Workload
+from gates.workloads.base import RowNumbers, Workload
 
 SENTENCE_TOKENS = 26
 FACTS = ("lantern", "anchor", "ferry", "granary", "pilot", "bridge", "market", "sluice", "beacon")
@@ -26,7 +26,7 @@ class Params(Strict):
     asks for the one before; ``sessions`` of them run at once.
     """
 
-    fillers: list[int] = Field(min_length=1)
+    fillers: RowNumbers = Field(min_length=1)
     sessions: int = Field(default=4, ge=1)
     turns: int = Field(default=4, ge=2, le=len(FACTS))
     max_tokens: int = Field(default=64, ge=8)

@@ -51,7 +51,7 @@ class Tools(Workload):
     Params = Params
     KEYS = frozenset({"thinking"})
     FIGURES = frozenset(
-        {"cases", "points", "score", "failed_cases", "failures", "imperfect"}
+        {"cases", "points", "score", "failed_cases", "failures", "imperfect", "reasoned"}
     ) | set(CATEGORIES)
 
     def cells(self, gate: Gate, params: Params) -> list[list[Cell]]:
@@ -136,6 +136,10 @@ class Tools(Workload):
             "failed_cases": sum(points == 0 for _, points in scored),
             "failures": figures.row(answers)["failures"],
         }
+        # A server may ignore chat_template_kwargs and say nothing of it.
+        good = [answer for wave in answers for answer in wave if not answer.fault]
+        if good:
+            told["reasoned"] = sum(bool(answer.reasoning.strip()) for answer in good) / len(good)
         if scored:
             told["score"] = told["points"] / (BEST * len(scored))
         for category in CATEGORIES:

@@ -131,6 +131,7 @@ class FakeServer:
 
     ``play(body, number)`` returns the steps of the answer to the request of that number.
     ``continuous`` is whether usage comes with every chunk, as vLLM gives it when asked.
+    ``strict`` refuses a request that has fields of vLLM's own, as others do.
     ``usage(prompt, completion)`` may change the counts; ``tokenize_delay`` makes the tokenizer
     slow, ``tokenize_status`` breaks it, ``count`` is another one. ``metrics_text`` replaces
     ``/metrics``.
@@ -139,6 +140,7 @@ class FakeServer:
     def __init__(self, play: Callable[[dict[str, Any], int], Sequence[Step]] | None = None) -> None:
         self.play = play or (lambda body, number: steady(0.01, 0.002, 4))
         self.continuous = True
+        self.strict = False
         self.max_model_len: int | None = 131072
         self.version: str | None = "0.22.1"
         self.usage: Callable[[int, int], tuple[int, int]] = lambda prompt, completion: (
@@ -234,6 +236,8 @@ class FakeServer:
         self.sent.append(sent)
         steps = self.play(body, len(self.sent) - 1)
         self.counters["vllm:request_success"] += 1
+        if self.strict and (unknown := foreign(body)):
+            return web.Response(status=400, text=f"unknown: {', '.join(unknown)}")
         if steps and isinstance(steps[0], Status):
             return web.Response(status=steps[0].code, text=steps[0].text)
         if not body.get("stream"):
@@ -312,6 +316,12 @@ class FakeServer:
                     await response.write(b"data: [DONE]\n\n")
         sent.ended = time.monotonic()
         return response
+
+
+def foreign(body: dict[str, Any]) -> list[str]:
+    """The fields of a request that the protocol of OpenAI does not have."""
+    options = (body.get("stream_options") or {}).keys() - {"include_usage"}
+    return sorted(options | (body.keys() & {"ignore_eos", "chat_template_kwargs"}))
 
 
 def _call(step: Call) -> dict[str, Any]:

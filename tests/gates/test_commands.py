@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +15,12 @@ import pytest
 
 from gates import runner
 from gates.__main__ import main
+from gates.commands import resume
 from gates.commands.run import recorded
+from gates.doctor import examination
+from gates.report import receipt
 from gates.store import RunFolder
+from stack.errors import StackError
 from stack.pin import ROOT
 from tests.gates.fake_server import Say, Status
 from tests.gates.test_runner import well
@@ -40,7 +46,9 @@ def test_a_run_leaves_its_rows_report_page_and_receipt(measured, capsys):
     said = capsys.readouterr().err
     assert "passed" in said and "report.html" in said
     report = (out / "report.md").read_text()
-    assert "| 4,047 | 1 | 2 |" in report and "Verdict: **passed**" in report
+    # The prompts' own tokens, concurrency, the tokens asked for, requests.
+    assert re.search(r"^\| 4,0\d\d \| 1 \| 4,047 \| 2 \|", report, re.M)
+    assert "Verdict: **passed**" in report
     receipt = json.loads((out / "receipt.json").read_text())
     assert [gate["status"] for gate in receipt["gates"]] == ["passed"]
     assert receipt["server"]["version"] == "0.22.1" and "python" in receipt["machine"]
@@ -79,6 +87,80 @@ def test_another_run_cannot_be_resumed(measured, capsys):
     assert "gates differ" in capsys.readouterr().err
 
 
+def asked(**changes):
+    server = dict.fromkeys(("model", "version", "max_model_len", "prefix_cache", "speculation"))
+    machine = {"settings": {"VLLM_X": "0"}, "gates_commit": "a"}
+    made = {"size": "full", "variant": "", "made_weights": False, "gates": [], "server": server}
+    made |= {"profile": {"name": "h200"}, "serve": ["vllm", "--port", "80"], "machine": machine}
+    return made | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"serve": ["vllm", "--port", "81"]},
+            ["the serve command (then: 80; now: 81)"],
+        ),
+        ({"serve": []}, ["the serve command (then: vllm --port 80; now: nothing)"]),
+        (
+            {"machine": {"settings": {"VLLM_X": "1"}, "gates_commit": "a"}},
+            ["the settings of the environment (then: VLLM_X=0; now: VLLM_X=1)"],
+        ),
+    ],
+)
+def test_another_server_or_setting_is_refused_and_named(changes, said):
+    with pytest.raises(StackError) as refused:
+        resume.same(asked(), asked(**changes))
+    assert [part for part in said if part not in refused.value.message] == []
+
+
+def test_the_same_run_is_gone_on_with_whatever_the_shell_of_a_running_server_has():
+    resume.same(asked(), asked())
+    running = asked(serve=[], machine={"settings": {"VLLM_X": "1"}, "gates_commit": "a"})
+    resume.same(asked(serve=[]), running)
+
+
+def test_a_resumed_run_of_two_commits_says_so(measured, monkeypatch):
+    _, out = measured()
+    monkeypatch.setattr(receipt, "_commit", lambda: "another")
+    for _ in range(2):
+        assert measured("--resume")[0] == 0
+        report = (out / "report.md").read_text()
+        assert report.count("WARNING: begun with the suite at") == 1
+        assert "with another: the figures are of both" in report
+    assert "the figures are of both" in (out / "report.html").read_text()
+    assert "the figures are of both" in json.loads((out / "receipt.json").read_text())["notes"][-1]
+
+
+def test_no_secret_of_the_serve_command_is_kept(tmp_path, capsys):
+    """Neither on disk nor in what is said."""
+    script = tmp_path / "serve.py"
+    script.write_text(
+        "import asyncio, socket, sys\n"
+        "from aiohttp import web\n"
+        "async def models(request):\n"
+        "    return web.json_response({'data': [{'id': 'm'}]})\n"
+        "app = web.Application()\n"
+        "app.add_routes([web.get('/v1/models', models)])\n"
+        "web.run_app(app, host='127.0.0.1', port=int(sys.argv[1]), print=None)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    command = [sys.executable, str(script), str(port), "--api-key", "hush", "--hf-token=hush"]
+    argv = ["run", "--url", f"http://127.0.0.1:{port}/v1/", *PROFILE[:4], "--gate", "acceptance"]
+    main([*argv, "--out", str(out), "--", *command])
+    said = capsys.readouterr()
+    assert "hush" not in said.out + said.err
+    for path in out.rglob("*"):
+        assert path.is_dir() or "hush" not in path.read_text(), path
+    kept = json.loads((out / "run.json").read_text())
+    assert kept["serve"][3:] == ["--api-key", "***", "--hf-token=***"]
+    assert kept["server"]["url"] == f"http://127.0.0.1:{port}"
+
+
 def test_a_failed_gate_is_an_exit_status_of_its_own(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "GUARD_WAIT_S", 0.01)
     fake.play = lambda body, number: [Status(500)] if "Archive" in str(body) else well(body, 0)
@@ -100,7 +182,7 @@ def test_the_report_is_made_anew_and_of_two_variants(measured, tmp_path):
     assert (out / "report.md").read_text() == kept
     assert main(["report", str(out), str(out), "--out", str(tmp_path / "both")]) == 0
     rows = (tmp_path / "both" / "report.md").read_text().split("Verdict (MTP=2)")[0]
-    assert rows.count("| MTP=2 | 4,047 | 1 |") == 2
+    assert len(re.findall(r"^\| MTP=2 \| 4,0\d\d \| 1 \|", rows, re.M)) == 2
 
 
 @pytest.mark.parametrize(
@@ -139,7 +221,18 @@ def test_help_needs_no_package():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "run" in done.stdout
+    assert "Measure how a build serves" in done.stdout
+    assert "python -m gates run --profile 2x-rtx-pro-6000" in done.stdout
+    assert "add_parser" not in done.stdout, "that is for those who change the suite"
+
+
+def test_a_run_says_what_the_doctor_has_against_the_machine(measured, monkeypatch, capsys):
+    def findings(profile, serve, python, made_weights):
+        return [f"doctor: warn: {profile.name}"]
+
+    monkeypatch.setattr(examination, "findings", findings)
+    assert measured()[0] == 0
+    assert capsys.readouterr().err.startswith("doctor: warn: 2x-rtx-pro-6000\n")
 
 
 def cells_on_disk(out):

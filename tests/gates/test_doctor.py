@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
+import psutil
 import pytest
 
 from gates.__main__ import main
 from gates.commands.doctor import matching
+from gates.doctor import examination
 from gates.doctor import facts as gathering
 from gates.doctor.advice import advise, cache_bytes_a_token, recommended
 from gates.doctor.facts import Facts
@@ -158,7 +160,97 @@ def test_a_python_that_says_nothing_is_said(tmp_path):
     slow = tmp_path / "slow"
     slow.write_text(f"#!{sys.executable}\nimport time; time.sleep(60)\n")
     slow.chmod(0o755)
-    assert "TimeoutExpired" in gathering.probe(str(slow), False, within_s=0.5)["error"]
+    told = gathering.probe(str(slow), False, within_s=0.5)
+    assert told["error"] == "no answer within 0.5 s"
+
+
+def serving(tmp_path, monkeypatch, sampler, name="python"):
+    """A Python that sees a GPU; ``sampler`` is what it does when the sampler is to be tried."""
+    monkeypatch.setattr(gathering, "nvml_gpus", lambda: {"gpus": [gpu()]})
+    program = tmp_path / name
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, subprocess, sys, time\n"
+        "told = {'gpus': [{'memory_bytes': 1, 'free_bytes': 1}], 'nccl': '2.30.4'}\n"
+        f"if 'sampler' in sys.argv[1:]:\n    {sampler}\n"
+        "print(json.dumps(told))\n"
+    )
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_the_sampler_is_tried_where_there_is_a_gpu(tmp_path, monkeypatch):
+    works = "told['sampler'] = {'works': True, 'seconds': 2.0, 'said': ''}"
+    python = serving(tmp_path, monkeypatch, works)
+    facts = gathering.gather(python, try_sampler=True)
+    assert facts.sampler["works"] is True and facts.nccl == "2.30.4"
+    facts = gathering.gather(python, try_sampler=False)
+    assert facts.sampler is None and facts.sampler_untried == "left out"
+
+
+def test_the_command_tries_the_sampler_unless_it_is_told_not_to(tmp_path, monkeypatch, capsys):
+    works = "told['sampler'] = {'works': True, 'seconds': 2.0, 'said': ''}"
+    python = serving(tmp_path, monkeypatch, works)
+    main(["doctor", "--python", python])
+    assert "FlashInfer's sampler works" in capsys.readouterr().out
+    main(["doctor", "--python", python, "--no-try-sampler"])
+    said_ = capsys.readouterr().out
+    assert "not tried: left out" in said_ and "sampler works" not in said_
+
+
+def test_a_sampler_that_compiles_for_ever_is_given_up_with_its_compilers(tmp_path, monkeypatch):
+    """The other facts stay."""
+    mark = tmp_path / "pid"
+    compiles = (
+        f"child = subprocess.Popen(['sleep', '60']); open({str(mark)!r}, 'w').write(str(child.pid))"
+        "; time.sleep(60)"
+    )
+    facts = gathering.gather(serving(tmp_path, monkeypatch, compiles), True, sampler_s=2.0)
+    assert facts.sampler is None and facts.sampler_untried == "no answer within 2 s"
+    assert facts.nccl == "2.30.4" and facts.probe_error == ""
+    child = int(mark.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+
+
+def test_without_a_gpu_the_sampler_is_not_tried_and_that_is_said(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nprint('{{}}')\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(gathering, "nvml_gpus", lambda: {"gpus": [gpu()]})
+    facts = gathering.gather(str(python), try_sampler=True)
+    assert facts.sampler_untried == "the Python that serves sees no CUDA GPU"
+    assert "not tried: the Python that serves" in said(found(facts), "fine") + said(
+        found(facts), "warn"
+    )
+
+
+def examined(monkeypatch, facts, serve=(), made_weights=False, profile="2x-rtx-pro-6000"):
+    monkeypatch.setattr(examination, "gather", lambda python, try_sampler: facts)
+    return examination.findings(load_profiles()[profile], serve, None, made_weights)
+
+
+def test_a_run_is_told_what_stops_and_warns_and_nothing_else(monkeypatch):
+    facts = pair(nccl="2.28.9")
+    (line,) = examined(monkeypatch, facts, ["vllm", "serve", "m"])
+    assert line.startswith("doctor: warn: NCCL 2.28.9: users report hangs")
+    assert examined(monkeypatch, pair(), ["vllm", "serve", "m"]) == []
+
+
+def test_memory_is_that_of_the_serve_command(monkeypatch):
+    # 96 GB * 0.7 do not hold the 74.5 GB of a card.
+    few = ["vllm", "serve", "m", "--gpu-memory-utilization", "0.7"]
+    (line,) = examined(monkeypatch, pair(), few)
+    assert line.startswith("doctor: stop: 74.5 GB of weights a GPU")
+    long = ["vllm", "serve", "m", "--max-model-len=10000000"]
+    assert "or less" in examined(monkeypatch, pair(), long)[0]
+    assert examined(monkeypatch, pair(), long, made_weights=True) == []
+
+
+def test_a_server_that_runs_already_has_its_memory_and_may_be_elsewhere(monkeypatch):
+    full = pair(gpus=[gpu(free_bytes=GB)] * 2)
+    assert examined(monkeypatch, full) == []
+    assert examined(monkeypatch, Facts()) == []
+    assert "stop: no GPU" in examined(monkeypatch, Facts(), ["vllm"])[0]
 
 
 def test_the_doctor_looks_at_this_machine(capsys, monkeypatch):
@@ -169,7 +261,9 @@ def test_the_doctor_looks_at_this_machine(capsys, monkeypatch):
     assert told["findings"][0] == {"level": "stop", "what": "no GPU", "why": "no driver", "do": ""}
     assert {"do": "SM12X_PORTABLE=all"}.items() <= told["recommended"][0].items()
     assert main(["doctor"]) == 1
-    assert "no profile fits" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "no profile fits" in text
+    assert "not tried: the Python that serves sees no CUDA GPU" in text
 
 
 @pytest.mark.parametrize("argv", [["--utilization", "1.5"], ["--context", "0"]])

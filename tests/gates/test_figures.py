@@ -71,7 +71,8 @@ def test_a_row():
     assert told["output_tok_s"] == pytest.approx(27 / 6)
     # 2,000 prompt tokens until 3 s, then 1,000 until 1 s.
     assert told["input_tok_s"] == pytest.approx(3000 / 4)
-    assert (told["requests"], told["failures"], told["slow"]) == (4, 1, 2)
+    assert (told["requests"], told["succeeded"], told["failures"]) == (4, 3, 1)
+    assert told["slow"] == 2
     assert told["ttft_mean"] == pytest.approx(2.0)
     assert told["ttft_max"] == 3.0
     assert (told["decode_min"], told["decode_max"]) == pytest.approx((5.0, 15.0))
@@ -88,7 +89,7 @@ def test_a_row():
 
 def test_a_row_in_which_all_failed():
     told = figures.row([[answer([], [], fault="refused")]])
-    assert told == {"requests": 1, "failures": 1}
+    assert told == {"requests": 1, "succeeded": 0, "failures": 1}
 
 
 def test_the_spread_of_repeats():

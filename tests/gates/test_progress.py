@@ -9,7 +9,7 @@ from rich.console import Console
 
 from gates.answer import Answer, Chunk
 from gates.plan import Phase
-from gates.progress import Display, said
+from gates.progress import Display, Remaining, said
 from gates.session import Cell
 from gates.spec import Column, load_gates
 from tests.gates.conftest import gate
@@ -20,16 +20,29 @@ ANSWER = Answer(
 )
 
 
+class Clock:
+    """A clock that goes on when it is told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
 def shown(terminal):
     output = io.StringIO()
-    display = Display(Console(file=output, force_terminal=terminal, width=160))
+    clock = Clock()
+    display = Display(Console(file=output, force_terminal=terminal, width=160), clock)
     with display:
         display.total(100.0, 25.0)
         display.phase(Phase(gate(), [[CELL]], [CELL]), 1, 3)
         display.cell(CELL)
         display.answer(ANSWER)
         display._bar.refresh()
+        clock.now += 90.0
         display.done(CELL, {"ttft_mean": 0.5, "failures": 1, "requests": 2}, "")
+        display._bar.refresh()
     return output.getvalue()
 
 
@@ -44,8 +57,42 @@ def test_a_log_has_lines_and_no_control_characters():
     assert "\x1b" not in text and "\r" not in text
     assert text.splitlines() == [
         "[1/3] Small: 1 cell, 2 requests",
-        "  small: concurrency=2 #1: 1 of 2 FAILED, TTFT 0.500 s",
+        "  small: concurrency=2 #1: 1 of 2 FAILED, TTFT 0.500 s; about 0:00:45 left",
     ]
+
+
+def test_a_terminal_says_how_long_still_after_the_first_cell():
+    text = shown(terminal=True)
+    assert "time left: not known yet" in text
+    # 50 of weight in 90 s, and 25 are left: what was there from before took none of the time.
+    assert "about 0:00:45 left" in text.split("not known yet")[-1]
+
+
+def test_the_time_left_follows_from_weight_and_clock():
+    clock = Clock()
+    remaining = Remaining(clock)
+    remaining.begin(400.0)
+    clock.now += 60.0
+    assert remaining.seconds() is None, "nothing tells the pace before the first cell has ended"
+    remaining.ended(100.0)
+    # 100 in a minute, 300 are left.
+    assert remaining.seconds() == 180.0
+    remaining.running = 200.0
+    clock.now += 30.0
+    assert remaining.seconds() == 150.0
+    clock.now += 3600.0
+    assert remaining.seconds() == 60.0, "the cells after a slow one are still to come"
+
+
+def test_what_will_not_be_measured_takes_no_time():
+    clock = Clock()
+    display = Display(Console(file=io.StringIO(), force_terminal=False), clock)
+    display.total(200.0, 0.0)
+    clock.now += 50.0
+    display.done(CELL, {}, "")
+    assert display.remaining.seconds() == 150.0
+    display.dropped(100.0)
+    assert display.remaining.seconds() == 50.0
 
 
 def test_a_fault_is_said_before_figures():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from html.parser import HTMLParser
 
 import pytest
 
+from gates import redaction
 from gates.answer import Answer, Chunk
 from gates.report import comparison, html, markdown, plots, receipt
 from gates.report.format import shown, spread, table
@@ -15,6 +17,7 @@ from gates.report.tables import Variant
 from gates.results import GateResult, RowResult, results
 from gates.spec import load_gates, load_profiles
 from gates.store import RunFolder, now
+from gates.workloads import WORKLOADS
 from stack.git import git
 
 # The headings of the tables in pull request 41834, in their order; the suite may add columns
@@ -204,8 +207,8 @@ def test_the_serve_command_can_be_pasted(tmp_path):
 
 
 def test_the_settings_that_a_started_server_takes_over_are_told(tmp_path, monkeypatch):
-    for name in ("SM12X_PORTABLE", "SM12X_KERNELS", "SM12X_LOWERING"):
-        monkeypatch.delenv(name, raising=False)
+    for name in redaction.settings(os.environ):
+        monkeypatch.delenv(name)
     folder = made(tmp_path / "a", ["long-context-latency"], [1.0])
 
     def told():
@@ -213,11 +216,29 @@ def test_the_settings_that_a_started_server_takes_over_are_told(tmp_path, monkey
 
     assert told() == "not recorded"
     folder.about["machine"] = receipt.machine()
-    assert told() == "no SM12X variable"
+    assert told().startswith("none of SM12X_*, NCCL_*, VLLM_*")
     monkeypatch.setenv("SM12X_PORTABLE", "all")
     monkeypatch.setenv("SM12X_KERNELS", "none")
     folder.about["machine"] = receipt.machine()
     assert told() == "SM12X_KERNELS=none SM12X_PORTABLE=all"
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    monkeypatch.setenv("VLLM_API_KEY", "hush")
+    folder.about["machine"] = receipt.machine()
+    assert told() == "NCCL_P2P_DISABLE=1 SM12X_KERNELS=none SM12X_PORTABLE=all"
+
+
+def test_a_secret_that_an_older_run_kept_is_not_shown(tmp_path):
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0])
+    other = made(tmp_path / "b", ["long-context-latency"], [1.0])
+    folder.about["serve"] = ["vllm", "serve", "--api-key", "hush"]
+    texts = [
+        markdown.report([folder]),
+        html.page([folder]),
+        json.dumps(receipt.receipt(folder)),
+        comparison.comparison(folder, other),
+    ]
+    assert [text.count("hush") for text in texts] == [0, 0, 0, 0]
+    assert [text.count("--api-key") >= 1 for text in texts] == [True] * 4
 
 
 def test_what_is_not_known_of_the_serving_python_says_how_it_could_be(tmp_path):
@@ -383,7 +404,88 @@ def test_more_is_better_for_rates(tmp_path):
 
     assert judged("decode_mean") == judged("primary_decode_mean") == "better"
     assert judged("itl_p99") == judged("secondary_ttft_mean") == "worse"
+    assert judged("score") == judged("same_first") == judged("exact_match_strict") == "better"
+    assert judged("hit_share") == judged("acceptance_length") == "better"
+    assert judged("failed_cases") == judged("errors") == judged("log_nan") == "worse"
     assert judged("requests") == "differs"
+
+
+# Neither much nor little of them is good.
+NEITHER = {
+    *("bias", "stderr", "tokens_per_chunk", "graphs_full", "graphs_piecewise", "answered_before"),
+    *("requests", "finished", "written", "reasoned", "overlapped", "positions", "cases"),
+    *("questions", "shots", "prompt_tokens_mean", "prompt_tokens_max"),
+}
+
+
+@pytest.mark.parametrize("name", load_gates())
+def test_every_figure_of_a_gate_has_a_direction_or_none_on_purpose(name):
+    gate = load_gates()[name]
+    keys = WORKLOADS[gate.workload].KEYS
+    high = {"median": 2.0, "min": 2.0, "max": 2.0, "n": 5}
+    low = {"median": 1.0, "min": 1.0, "max": 1.0, "n": 5}
+    undecided = {
+        column.figure
+        for column in gate.columns
+        if column.unit != "text"
+        and column.figure not in keys
+        and comparison.Difference("g", "r", column.figure, "s", low, high).judgement == "differs"
+    }
+    assert undecided <= NEITHER
+
+
+def told(folder, title):
+    """The lines of a list or a table beneath a title of the Markdown report."""
+    after = markdown.report([folder]).split(f"{title}:\n\n")
+    return after[1].split("\n\n")[0].split("\n") if len(after) > 1 else []
+
+
+def noted(folder, prompt_tokens=58980, **note):
+    for line in folder.of("request"):
+        line["note"] |= note
+        line["answer"]["prompt_tokens"] = prompt_tokens
+    return folder
+
+
+def test_prompts_that_nothing_counted_are_said_beneath_the_table(tmp_path):
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0, 2.0])
+    noted(folder, None, counted_tokens=None, wanted_tokens=58980)
+    (line,) = told(folder, "Prompt lengths")
+    assert "Nothing counted the tokens of 4 of 4 prompts" in line
+    assert "Nothing counted the tokens of 4 of 4 prompts" in html.page([folder])
+
+
+@pytest.mark.parametrize(("got", "off"), [(58980, 0), (59097, 0), (59099, 2), (58800, 2)])
+def test_prompts_of_another_length_are_said_beneath_the_table(tmp_path, got, off):
+    """58,980 may be off by 0.2 %, which are 118."""
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0])
+    noted(folder, got, counted_tokens=None, wanted_tokens=58980)
+    lines = told(folder, "Prompt lengths")
+    wanted = f"{off} of 2 prompts of 58,980 tokens had {got:,}, off"
+    assert [wanted in line for line in lines] == [True] * bool(off)
+    assert (wanted in html.page([folder])) is bool(off)
+
+
+def test_acceptance_is_shown_by_position(tmp_path):
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0, 2.0])
+    assert told(folder, "Acceptance by position of the draft") == []
+    for cell, shares in zip(folder.of("cell"), ([0.84, 0.5], [0.86, 0.6]), strict=True):
+        cell["figures"] = {"acceptance_by_position": shares}
+    lines = told(folder, "Acceptance by position of the draft")
+    assert "| Position 0 | Position 1 |" in lines[0]
+    assert lines[2].endswith("| 85.00% | 55.00% |")
+    assert "85.00%" in html.page([folder])
+
+
+def test_where_nobody_published_a_figure_the_report_says_so(tmp_path):
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0], variant="MTP=2")
+    said = "No published figure for the profile"
+    assert said not in markdown.report([folder]) + html.page([folder])
+    folder.about["profile"]["name"] = "1x-gb10"
+    wanted = f"{said} 1x-gb10 and the variant MTP=2."
+    assert wanted in markdown.report([folder]) and wanted in html.page([folder])
+    folder.about["size"] = "short"
+    assert said not in markdown.report([folder]) + html.page([folder])
 
 
 def test_a_record_of_rows_is_json_throughout(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from gates.results import RowResult, expected_of, judge, results
 from gates.spec import Threshold, load_gates
+from gates.workloads.base import Workload
 from tests.gates.conftest import gate
 from tests.gates.test_report import made
 
@@ -39,6 +40,22 @@ def test_bounds_are_inclusive(value, bounds, said):
 def test_a_figure_that_could_not_be_measured_does_not_pass():
     (problem,) = judged({}, min=0.5).problems
     assert problem == ("concurrency=2 temperature=0.0: fairness could not be measured (a reason)")
+
+
+def test_an_optional_figure_is_judged_where_it_is_there():
+    assert not judged({}, min=0.5, optional=True).problems
+    assert judged({"fairness": 0.1}, min=0.5, optional=True).problems
+
+
+def test_what_proves_nothing_was_not_run_and_a_failure_still_is_one(tmp_path, monkeypatch):
+    folder = made(tmp_path / "a", ["long-context-latency"], [1.0])
+    monkeypatch.setattr(Workload, "unproven", lambda self, rows: f"{len(rows)} rows prove nothing")
+    (result,) = results(folder)
+    assert (result.status, result.why) == ("not run", ["1 rows prove nothing"])
+    for line in folder.of("request"):
+        line["note"]["found"] = 0
+    (result,) = results(folder)
+    assert result.status == "failed" and "recalled_min" in result.why[0]
 
 
 def test_a_threshold_holds_for_its_rows_and_profile_alone():

@@ -136,6 +136,46 @@ def test_a_dead_server_ends_its_phase_and_no_other_is_lost(fake, run):
     assert len(folder.of("guard", gate="other")) == 3
 
 
+def test_a_cell_whose_server_had_died_is_measured_again(fake, tmp_path):
+    """On resume; what was measured stays in the file and counts no more."""
+    dead = threading.Event()
+
+    def play(body, number):
+        if sum("Archive" in str(sent.body) for sent in fake.sent) == 2:
+            dead.set()
+        return [Status(503)] if dead.is_set() else well(body, number)
+
+    fake.play = play
+    run = Run(fake, tmp_path / "run", [gate()])
+    folder = run()
+    stopped = folder.of("cell")[-1]
+    assert len(folder.of("cell")) == 2 and "stopped generating" in folder.of("phase")[-1]["why"]
+    fake.play = well
+    folder = run()
+    again = folder.of("cell", cell=stopped["cell"])
+    assert [cell["attempt"] for cell in again] == [1, 2] and again[0] == stopped
+    assert len(folder.of("cell")) == 5
+    assert {row["attempt"] for row in folder.of("request", cell=stopped["cell"])} == {1, 2}
+    (result,) = results(folder)
+    assert (result.status, result.why) == ("passed", [])
+    assert [row.figures["requests"] for row in result.rows] == [2, 4]
+    before = len(folder.rows)
+    assert len(run().rows) == before
+
+
+def test_a_failed_cell_of_a_living_server_is_not_measured_again(fake, tmp_path):
+    fake.play = lambda body, number: [Status(500)] if "Archive" in str(body) else well(body, 0)
+    run = Run(fake, tmp_path / "run", [gate()])
+    before = len(run().rows)
+    assert len(run().rows) == before
+
+
+def test_a_strict_server_is_sent_nothing_of_vllm(fake, run):
+    fake.play, fake.version, fake.strict, fake.tokenize_status = well, None, True, 404
+    folder = run(gate())
+    assert {row["answer"]["fault"] for row in folder.of("request")} == {""}
+
+
 def test_a_phase_that_raises_does_not_stop_the_next(fake, run, monkeypatch):
     fake.play = well
     measure = type(WORKLOADS["load"]).measure

@@ -10,6 +10,7 @@ import pytest
 from gates import scenario
 from gates.results import results
 from gates.scenario import Conversation, matches
+from gates.spec import load_gates
 from stack.errors import StackError
 from tests.gates.conftest import gate
 from tests.gates.fake_server import Call, End, Say, Status
@@ -150,8 +151,27 @@ def test_a_wrong_way_has_fewer(name):
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_silence_has_none_or_fewer_than_two(name):
-    assert played(name, [], "").points() < 2
+@pytest.mark.parametrize("answer", ["", "word word word", "??? \ufffd ?"])
+def test_silence_and_words_without_sense_have_no_points(name, answer):
+    assert played(name, [], answer).points() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("restraint-missing", "Please tell me your departure station and the travel date."),
+        ("restraint-cannot", "I can\u2019t reach your heating."),
+    ],
+)
+def test_a_right_answer_may_be_put_in_other_words(name, answer):
+    assert played(name, [], answer).points() == 2
+
+
+def test_a_needless_look_costs_a_point_and_not_both():
+    searched = [("find_trains", {"origin": "Graz", "destination": "Vienna"})]
+    assert played("restraint-missing", searched, "From where, and when?").points() == 1
+    looked = [("find_contact", {"name": "landlord"})]
+    assert played("restraint-cannot", looked, "I cannot do that.").points() == 1
 
 
 def test_every_right_call_has_an_answer_of_its_tool():
@@ -288,3 +308,35 @@ def test_a_server_that_fails_scores_nothing(fake, run):
     (result,) = results(run(battery(modes=["chat"], scenarios=["restraint-knowledge"])))
     assert result.rows[0].figures["failed_cases"] == 2
     assert result.rows[0].figures["failures"] == 2
+
+
+def modes(fake, run, reasons):
+    """The suite's own gate with a server that reasons where ``reasons(asked for)`` holds."""
+
+    def play(body, number):
+        asked = (body.get("chat_template_kwargs") or {}).get("thinking")
+        thought = [Say(0, "Hm. ", channel="reasoning")] if reasons(asked) else []
+        return [*thought, Say(0, "Jupiter."), End()]
+
+    fake.play = play
+    own = load_gates()["tool-calls"]
+    params = own.params | {"scenarios": ["restraint-knowledge"]}
+    (result,) = results(run(own.model_copy(update={"params": params, "repeats": 1})))
+    return result
+
+
+def test_reasoning_follows_the_mode(fake, run):
+    result = modes(fake, run, lambda asked: asked)
+    assert [row.figures["reasoned"] for row in result.rows] == [0, 1, 1, pytest.approx(2 / 3)]
+    assert result.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("reasons", "rows"),
+    [(False, ["thinking=thinking:", "thinking=thinking-max:"]), (True, ["thinking=chat:"])],
+)
+def test_a_server_that_ignores_the_mode_is_seen(fake, run, reasons, rows):
+    result = modes(fake, run, lambda asked: reasons)
+    assert [warning.split(" ")[0] for warning in result.warnings] == rows
+    assert all("ignored chat_template_kwargs" in warning for warning in result.warnings)
+    assert result.status == "passed"

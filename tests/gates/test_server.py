@@ -122,6 +122,13 @@ def test_requests_carry_what_the_server_knows_and_nothing_else(fake):
         "include_usage": True,
         "continuous_usage_stats": True,
     }
+    assert body_of(other, request)["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
+def test_an_address_may_end_with_v1(tail):
+    assert client.bare(f"http://127.0.0.1:8000{tail}") == "http://127.0.0.1:8000"
+    assert client.bare(f"http://host/openai{tail}") == "http://host/openai"
 
 
 def test_the_key_goes_to_the_server_and_no_proxy_is_asked(monkeypatch):

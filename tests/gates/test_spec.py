@@ -16,7 +16,7 @@ order = 1
 columns = [{ head = "C", figure = "concurrency", unit = "int" }]
 
 [params]
-cases = [{ prompt = "archive", prompt_tokens = 200, max_tokens = 8 }]
+cases = [{ prompt = "archive", prompt_tokens = 200, concurrency = [1, 2], max_tokens = 8 }]
 
 [short]
 repeats = 1
@@ -72,6 +72,43 @@ def test_a_good_file_is_read_and_has_its_sizes(tmp_path):
             "max = 0\nwhere = { colour = 1 }\n",
             ["thresholds.0.where", "'colour'", "prompt_tokens"],
         ),
+        (
+            "max = 0\n",
+            'max = 0\nwhere = { concurrency = "1" }\n',
+            ["thresholds.0.where.concurrency: no row has '1'; allowed: 1, 2"],
+        ),
+        (
+            "max = 0\n",
+            "max = 0\nwhere = { frontier = 300 }\n",
+            ["thresholds.0.where.frontier: no row has 300; allowed: none"],
+        ),
+        (
+            "max = 0\n",
+            'max = 0\nprofile = "h100"\n',
+            ["thresholds.0.profile: must be one of", "h200", "'h100'"],
+        ),
+        (
+            "[[thresholds]]",
+            '[[expected]]\nprofile = "h100"\nfigures = { requests = 1 }\nsource = "x"\n'
+            "[[thresholds]]",
+            ["expected.0.profile: must be one of", "2x-rtx-pro-6000", "'h100'"],
+        ),
+        (
+            "[[thresholds]]",
+            '[[expected]]\nprofile = "h200"\nfigures = { requests = 1 }\nsource = "x"\n'
+            "where = { temperature = 0.5 }\n[[thresholds]]",
+            ["expected.0.where.temperature: no row has 0.5; allowed: 0.0"],
+        ),
+        (
+            "concurrency = [1, 2]",
+            "concurrency = [1, 2, 1]",
+            ["params.cases.0.concurrency: each may be there once", "[1, 2, 1]"],
+        ),
+        (
+            "max_tokens = 8 }",
+            'max_tokens = 8 }, { prompt = "archive", prompt_tokens = 200, max_tokens = 8 }',
+            ["params: two rows are alike", "prompt_tokens = 200, concurrency = 1"],
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, old, new, said):
@@ -81,6 +118,39 @@ def test_what_is_wrong_is_said(tmp_path, old, new, said):
     assert "small.toml" in error.value.message
     for part in said:
         assert part in error.value.message
+
+
+def test_a_bound_may_name_rows_of_either_size_and_the_total(tmp_path):
+    short = 'cases = [{ prompt = "story", prompt_tokens = 100, concurrency = [4], max_tokens = 8 }]'
+    good = GOOD.replace("repeats = 1\n", f"repeats = 1\n{short}\n")
+    for where in ("concurrency = 2", "concurrency = 4", 'prompt = "all"'):
+        text = good.replace("order = 1", "order = 1\ntotal = true")
+        load(tmp_path, text.replace("max = 0\n", f"max = 0\nwhere = {{ {where} }}\n"))
+    # Each of the two is a row's, but of no row both.
+    where = "where = { concurrency = 4, prompt_tokens = 200 }"
+    with pytest.raises(StackError, match="no row has concurrency = 4, prompt_tokens = 200 at once"):
+        load(tmp_path, good.replace("max = 0\n", f"max = 0\n{where}\n"))
+
+
+def test_a_column_of_counted_tokens_shows_what_was_counted():
+    """A heading of tokens over the wish would state a length that nobody counted."""
+    for made in load_gates().values():
+        for column in made.columns:
+            if column.head in ("Prompt tokens", "Input tokens"):
+                assert column.figure == "prompt_tokens_mean", made.name
+            if column.figure == "prompt_tokens":
+                assert column.head == "Target tokens", made.name
+            if "uccess" in column.head:
+                assert column.figure == "succeeded", made.name
+            if column.head == "Matched of 16":
+                assert (column.figure, column.unit) == ("matched", "number")
+
+
+def test_every_gate_that_times_has_five_repeats():
+    """Startup has one start, and what judges answers is not timed."""
+    untimed = {"startup", "gsm8k", "tool-calls", "logprobs", "runtime-errors"}
+    for made in load_gates().values():
+        assert made.repeats >= 5 or made.name in untimed, made.name
 
 
 def test_every_wrong_key_has_its_line(tmp_path):

@@ -11,14 +11,16 @@ import time
 
 import pytest
 
-from gates import client, launch, logs, programs
+from gates import client, launch, programs
+from gates.answer import Answer
 from gates.results import results
 from gates.session import Cell
+from gates.spec import load_gates
 from gates.workloads import WORKLOADS, evaluation, logprobs, sessions
 from gates.workloads.bench import read as read_bench
 from stack.errors import StackError
 from tests.gates.conftest import gate
-from tests.gates.fake_server import LATE, End, Hang, Say, Status, steady
+from tests.gates.fake_server import End, Say, Status, steady
 
 
 def one(run, *gates, **kept):
@@ -27,65 +29,32 @@ def one(run, *gates, **kept):
     return result
 
 
-def arrival(*streams, **changes):
-    return gate(
-        workload="arrival",
-        repeats=1,
-        params={"cases": [{"name": "case", "streams": list(streams)}]},
-        columns=[{"head": "Case", "figure": "case"}],
-        **changes,
-    )
+def own(name, **params):
+    """A gate of the suite in its short size, with some of its parameters replaced."""
+    made = load_gates()[name].sized("short")
+    return made.model_copy(update={"params": made.params | params})
 
 
-PRIMARY = {"role": "primary", "prompt_tokens": 200, "max_tokens": 64}
-SECONDARY = {"role": "secondary", "prompt_tokens": 300, "max_tokens": 32}
+def test_a_tables_prompt_tokens_are_those_of_usage(fake, run):
+    """And what was found is a number where the heading says so."""
+    # No tokenizer to count with, and a server that counts otherwise than was hoped.
+    fake.tokenize_status = 404
+    fake.usage = lambda prompt, completion: (1234, completion)
+    fake.play = lambda body, number: steady(0, 0, 2)
+    story = own("story-recall")
+    told = one(run, story).rows[0]
+    assert told.key["prompt_tokens"] == 3000 and told.figures["prompt_tokens_mean"] == 1234
+    assert (told.figures["matched"], told.figures["matched_min"]) == (0, 0)
 
 
-def is_long(sent):
-    return len(str(sent.body)) > 1400
-
-
-def test_the_second_arrives_after_the_firsts_first_token(fake, run):
-    def play(body, number):
-        if "Archive" not in str(body):
-            return steady(0, 0, 2)
-        # The primary waits 0.4 s, then stalls for 0.6 s while the secondary is read.
-        if len(str(body)) > 1400:
-            return steady(0.1, 0.01, 3)
-        return [Say(0.4), Say(0.02), Say(0.6), Say(0.02), End()]
-
-    fake.play = play
-    result = one(run, arrival(PRIMARY, SECONDARY | {"after_first_token_of": "primary"}))
-    first, second = (sent for sent in fake.sent if "Archive" in str(sent.body))
-    assert not is_long(first) and is_long(second)
-    assert 0 <= second.came - first.chunks[0][0] < LATE
-    figures = result.rows[0].figures
-    for role, sent in (("primary", first), ("secondary", second)):
-        assert figures[f"{role}_ttft_mean"] == pytest.approx(sent.ttft, abs=LATE)
-        assert figures[f"{role}_longest_stall"] == pytest.approx(sent.longest_stall, abs=LATE)
-    assert (figures["requests"], figures["failures"], figures["slow"]) == (2, 0, 0)
-
-
-def test_the_second_is_sent_even_if_the_first_never_speaks(fake, run):
-    fake.play = lambda body, number: (
-        [Hang()] if "Archive" in str(body) and len(str(body)) < 1400 else steady(0.01, 0.01, 3)
-    )
-    limits = {"first_token_s": 2.5, "stall_s": 2.5, "total_s": 8.0}
-    result = one(
-        run, arrival(PRIMARY, SECONDARY | {"after_first_token_of": "primary"}, timeouts=limits)
-    )
-    figures = result.rows[0].figures
-    assert (figures["primary_failures"], figures["secondary_failures"]) == (1, 0)
-    assert result.status == "failed"
-
-
-def test_streams_arrive_at_their_times(fake, run):
-    fake.play = lambda body, number: steady(0.01, 0.002, 3)
-    one(run, arrival(PRIMARY | {"count": 3, "every_s": 0.4}, SECONDARY | {"at_s": 0.8}))
-    came = [sent.came for sent in fake.sent if "Archive" in str(sent.body)]
-    begin = min(came)
-    late = sorted(at - begin for at in came)
-    assert late == pytest.approx([0.0, 0.4, 0.8, 0.8], abs=LATE)
+def test_the_number_matched_is_the_mean_and_the_least():
+    answers = [
+        {"wave": 0, "answer": Answer(), "note": {"found": found, "hidden": 16}}
+        for found in (16, 13)
+    ]
+    told = WORKLOADS["load"].row([{"figures": {}, "answers": answers}])
+    assert (told["matched"], told["matched_min"]) == (14.5, 13)
+    assert (told["recalled"], told["recalled_min"]) == (14.5 / 16, 13 / 16)
 
 
 def talk(**changes):
@@ -143,106 +112,6 @@ def test_the_shared_beginning_is_as_long_as_asked():
     assert sessions.shared("other", 40)[:60] != text[:60]
 
 
-def startup():
-    return gate(
-        workload="startup",
-        order=0,
-        repeats=1,
-        params={"prompt_tokens": 200, "max_tokens": 8},
-        columns=[{"head": "R", "figure": "request"}],
-    )
-
-
-LOG = """\
-INFO core.py: init engine (profile, create kv cache, warmup model) took 41.50 s (compilation: 2 s)
-INFO kv: GPU KV cache size: 1,234,567 tokens
-\rCapturing CUDA graphs (mixed prefill-decode, PIECEWISE):  50%|###  | 2/4 [00:01<00:01]\
-\rCapturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|#####| 49/49 [00:02<00:00]
-\rCapturing CUDA graphs (decode, FULL): 100%|#####| 3/3 [00:01<00:00, 2.1it/s]
-INFO runner: Graph capturing finished in 12 secs, took 0.51 GiB
-"""
-
-
-def test_the_first_request_after_the_start_comes_first(fake, run, tmp_path):
-    log = tmp_path / "server.log"
-    log.write_text(LOG)
-    fake.counters["vllm:request_success"] = 0
-    fake.play = lambda body, number: steady(0.5 if number == 0 else 0.02, 0.01, 2)
-    start = {"ready_s": 61.5, "log": str(log), "command": ["x"]}
-    result = one(run, startup(), options={"server_log": str(log), "start": start})
-    first, second = (row.figures for row in result.rows)
-    for row, sent in zip((first, second), fake.sent, strict=True):
-        assert row["ttft_mean"] == pytest.approx(sent.ttft, abs=LATE)
-    # Nothing was sent before it, not even a guard's request.
-    assert "Archive" in str(fake.sent[0].body) and len(fake.sent) == 2
-    told = {
-        "ready_s": 61.5,
-        "answered_before": 0,
-        "init_s": 41.5,
-        "graph_s": 12.0,
-        "graphs_piecewise": 49,
-        "graphs_full": 3,
-        "kv_cache_tokens": 1234567,
-        "log_errors": 0,
-    }
-    assert told.items() <= first.items()
-
-
-def test_errors_in_a_log_are_counted_by_kind():
-    said = LOG + (
-        "Traceback (most recent call last):\n"
-        "torch.OutOfMemoryError: CUDA out of memory.\n"
-        "RuntimeError: CUDA error: an illegal memory access was encountered\n"
-        "EngineCore encountered a fatal error.\n"
-    )
-    found = {name: count for name, count in logs.errors(said).items() if count}
-    assert found == {"traceback": 1, "out_of_memory": 1, "cuda": 1, "engine_dead": 1}
-    assert sum(logs.errors(LOG).values()) == 0
-
-
-def counters(**changes):
-    return gate(
-        workload="counters",
-        order=999,
-        repeats=1,
-        params={},
-        columns=[{"head": "E", "figure": "errors"}],
-        thresholds=[{"figure": "errors", "max": 0.0, "why": "none"}],
-        **changes,
-    )
-
-
-def metrics(finished, errors, preempted):
-    return (
-        f'vllm:request_success_total{{finished_reason="stop"}} {finished}\n'
-        f'vllm:request_success_total{{finished_reason="error"}} {errors}\n'
-        f"vllm:num_preemptions_total {preempted}\n"
-        'http_requests_total{handler="/x",status="5xx"} 0\n'
-        "vllm:some_gauge NaN\n"
-    )
-
-
-def test_counters_are_of_the_run_and_not_of_before(fake, run):
-    fake.metrics_text = metrics(100, 7, 3)
-    small = gate(repeats=1, order=2)
-
-    def play(body, number):
-        fake.metrics_text = metrics(110, 9, 3)
-        return steady(0.01, 0.01, 2)
-
-    fake.play = play
-    result = results(run(small, counters()))[1]
-    figures = result.rows[0].figures
-    assert (figures["finished"], figures["errors"], figures["preemptions"]) == (12, 2, 0)
-    assert result.status == "failed" and "errors is 2" in result.why[0]
-
-
-def test_a_server_that_started_anew_counts_from_zero():
-    from gates.workloads.counters import grown
-
-    assert grown([{"num_preemptions": 50.0}], {"num_preemptions": 4.0})["preemptions"] == 4
-
-
 def reply(values, answer=("x", "y"), first=None):
     """An answer of ``/v1/completions`` with echo; the prompt has as many tokens as values."""
     tokens = [f"t{n}" for n in range(len(values))] + list(answer)
@@ -295,6 +164,7 @@ def against(options):
         repeats=1,
         params={"prompts": [{"kind": "archive", "characters": 600}], "answer_tokens": 2},
         columns=[{"head": "P", "figure": "prompt"}],
+        thresholds=load_gates()["logprobs"].model_dump()["thresholds"],
     ), options
 
 
@@ -304,11 +174,46 @@ def test_a_reference_is_written_and_compared_with(fake, run, tmp_path):
     made, options = against({"write_reference": str(path)})
     folder = run(made, options=options)
     assert results(folder)[0].rows[0].figures["written"] == 5
+    # A reference that was written proves nothing of the server that wrote it.
+    assert (results(folder)[0].status, results(folder)[0].why) == ("not run", ["reference written"])
     (tmp_path / "run").rename(tmp_path / "first")
     fake.complete = lambda body: reply([0, -1.0, -2.5])
     result = one(run, made, options={"reference": str(path)})
     assert result.status == "passed"
     assert result.rows[0].figures["difference_max"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("mine", "said"),
+    [
+        # Apart by 0.9 and by 1.1 in the mean of two positions.
+        (reply([0, -1.9, -2.9]), ""),
+        (reply([0, -2.1, -3.1]), "difference_mean is 1.1, above 1"),
+        # The likeliest token is another at one of two positions, and at both.
+        (reply([0, -1.0, -2.0], first=["t0", "other1", "t2", "x", "y"]), ""),
+        (
+            reply([0, -1.0, -2.0], first=["t0", "other1", "other2", "x", "y"]),
+            "same_first is 0, below 0.5",
+        ),
+    ],
+)
+def test_another_model_than_the_references_fails(fake, run, tmp_path, mine, said):
+    path = tmp_path / "reference.json"
+    kept = logprobs.measured(reply([0, -1.0, -2.0]))
+    logprobs.write(path, "archive 600", kept, "fake-model")
+    fake.complete = lambda body: mine
+    result = one(run, against({})[0], options={"reference": str(path)})
+    assert result.status == ("failed" if said else "passed")
+    assert all(said in why for why in result.why)
+
+
+@pytest.mark.parametrize("broken", [None, float("nan"), float("-inf")])
+def test_a_log_probability_that_is_no_number_is_said(fake, run, tmp_path, broken):
+    fake.complete = lambda body: reply([0, -1.0, broken])
+    options = {"write_reference": str(tmp_path / "reference.json")}
+    result = one(run, against({})[0], options=options)
+    assert result.status == "failed"
+    assert "1 of 5 log-probabilities are no numbers, the first at position 2" in result.why[0]
 
 
 def test_without_a_reference_it_is_not_run(fake, run):
@@ -351,6 +256,9 @@ def test_the_benchs_figures_are_in_seconds_and_shares(tmp_path):
             "acceptance_length": 2.35,
         }
     )
+    positions = {"spec_decode_per_position_acceptance_rates": [0.84, 0.51]}
+    path.write_text(json.dumps(kept | positions))
+    assert read_bench(path)["acceptance_by_position"] == [0.84, 0.51]
     path.write_text("{}")
     with pytest.raises(StackError, match="no result of vllm bench serve"):
         read_bench(path)
@@ -388,6 +296,31 @@ def test_lm_evals_figures_and_data(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "p" / "main" / f"{split}-00000-of-00001.parquet").touch()
     assert evaluation.data_files(tmp_path / "p")[0] == "parquet"
+
+
+LM_EVAL = """\
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--output_path") + 1])
+out.mkdir(parents=True, exist_ok=True)
+values = {f"exact_match,{name}": 0.5 for name in ("strict-match", "flexible-extract")}
+values["exact_match_stderr,flexible-extract"] = 0.25
+counts = {"gsm8k": {"original": 9, "effective": COUNTED}}
+kept = {"results": {"gsm8k": values}, "n-samples": counts}
+(out / "results_x.json").write_text(json.dumps(kept))
+"""
+
+
+@pytest.mark.parametrize(("counted", "said"), [(4, ""), (3, "counted 3 questions, 4 were asked")])
+def test_fewer_questions_than_asked_for_are_no_result(fake, run, tmp_path, counted, said):
+    program = tmp_path / "lm_eval"
+    program.write_text(f"#!{sys.executable}\n" + LM_EVAL.replace("COUNTED", str(counted)))
+    program.chmod(0o755)
+    result = one(run, own("gsm8k"), options={"lm_eval": str(program)})
+    assert result.status == ("failed" if said else "passed")
+    assert all(said in why for why in result.why)
+    if not said:
+        shown = {c.head: c.figure for c in result.gate.columns}
+        assert result.rows[0].figures[shown["Questions"]] == 4
 
 
 @pytest.mark.parametrize("name", ["bench", "evaluation"])
@@ -514,8 +447,6 @@ def test_a_second_server_at_the_same_place_is_refused(fake, tmp_path):
 
 
 def test_every_cell_has_an_id_of_its_own():
-    from gates.spec import load_gates
-
     for made in load_gates().values():
         for sized in (made, made.sized("short")):
             workload = WORKLOADS[made.workload]
