@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import psutil
 import pytest
@@ -198,6 +199,14 @@ def test_the_command_tries_the_sampler_unless_it_is_told_not_to(tmp_path, monkey
     assert "not tried: left out" in said_ and "sampler works" not in said_
 
 
+def ended(pid):
+    """Gone, or waiting for a parent that does not ask."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_a_sampler_that_compiles_for_ever_is_given_up_with_its_compilers(tmp_path, monkeypatch):
     """The other facts stay."""
     mark = tmp_path / "pid"
@@ -209,7 +218,11 @@ def test_a_sampler_that_compiles_for_ever_is_given_up_with_its_compilers(tmp_pat
     assert facts.sampler is None and facts.sampler_untried == "no answer within 2 s"
     assert facts.nccl == "2.30.4" and facts.probe_error == ""
     child = int(mark.read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+    # A signal is sent at once and met when the process runs next: on a busy machine, later.
+    until = time.monotonic() + 20
+    while not ended(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert ended(child)
 
 
 def test_without_a_gpu_the_sampler_is_not_tried_and_that_is_said(tmp_path, monkeypatch):
