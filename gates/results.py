@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from gates.answer import Answer
 from gates.figures import Figures, repeated
-from gates.spec import Expected, Gate, Threshold
+from gates.spec import Expected, Gate, Threshold, total_key
 from gates.store import RunFolder
 from gates.workloads import WORKLOADS
 
@@ -80,8 +80,7 @@ def of_gate(folder: RunFolder, gate: Gate) -> GateResult:
     found.sort(key=lambda row: order.index(row.key) if row.key in order else len(order))
     if gate.total and found:
         everything = [one for row in found for one in row.measured]
-        name = next(iter(found[0].key))
-        found.append(RowResult({name: "all"}, workload.row(everything), {}, everything))
+        found.append(RowResult(total_key(found[0].key), workload.row(everything), {}, everything))
         for threshold in judged:
             judge(found[-1], threshold, profile)
     skipped = [f"{row['cell']}: {row['why']}" for row in folder.of("skipped", gate=gate.name)]

@@ -159,6 +159,11 @@ class Profile(Strict):
     variables: list[Variable] = []
 
 
+def total_key(key: dict[str, Any]) -> dict[str, Any]:
+    """The key of the row of everything measured, from any other row's of the gate."""
+    return {next(iter(key)): "all"}
+
+
 def load_gate(path: Path) -> Gate:
     """The gate in a file, with its workload's parameters checked in both sizes.
 
@@ -176,23 +181,23 @@ def load_gate(path: Path) -> Gate:
         )
     workload = WORKLOADS[gate.workload]
     sizes = {"params": gate}
-    toml.check(workload.Params, gate.params, path.name, "params")
     if gate.short:
         repeats = gate.short.get("repeats", 1)
         if not isinstance(repeats, int) or repeats < 1:
             raise StackError(f"{path.name}: short.repeats: must be at least 1, not {repeats!r}")
         sizes["short"] = gate.sized("short")
-        toml.check(workload.Params, sizes["short"].params, path.name, "short")
+    params = {
+        where: toml.check(workload.Params, sized.params, path.name, where)
+        for where, sized in sizes.items()
+    }
     checks.names(gate, workload.KEYS, workload.FIGURES, path.name)
     keys: list[dict[str, Any]] = []
     for where, sized in sizes.items():
-        params = workload.Params.model_validate(sized.params)
-        rows = [row[0].key for row in workload.cells(sized, params)]
+        rows = [row[0].key for row in workload.cells(sized, params[where])]
         checks.rows(rows, path.name, where)
         keys += rows
     if gate.total:
-        # The row of everything measured, as results.py names it.
-        keys.append({next(iter(keys[0])): "all"})
+        keys.append(total_key(keys[0]))
     checks.where(gate, keys, path.name)
     known = sorted(profile.stem for profile in (FOLDER / "profiles").glob("*.toml"))
     checks.profiles(gate, known, path.name)

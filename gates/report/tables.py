@@ -10,7 +10,7 @@ from typing import Any
 from gates.prompts.fit import SLACK_TOKENS, TOLERANCE
 from gates.report.format import shown, spread
 from gates.results import GateResult, RowResult, expected_of
-from gates.spec import Column, Gate, Unit
+from gates.spec import Column, Gate, Unit, total_key
 
 # The figures whose spread is shown, in the order of their columns.
 UNITS: dict[str, Unit] = {
@@ -144,7 +144,7 @@ def length_notes(variant: Variant) -> list[str]:
     entries = [
         entry
         for row in variant.result.rows
-        if list(row.key.values()) != ["all"]  # its parts are rows of their own
+        if row.key != total_key(row.key)  # its parts are rows of their own
         for one in row.measured
         for entry in one["answers"]
         if entry["answer"].chunks and "counted_tokens" in entry["note"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import runpy
 from types import SimpleNamespace
 
 import pytest
@@ -169,11 +170,13 @@ def test_a_fault_is_a_warning_and_the_start_goes_on(warm_up, said, monkeypatch, 
     assert line.startswith("Answered 1 of 2 ")
 
 
-def test_settings(warm_up):
-    assert [warm_up.parse_setting(word) for word in ("", " never ", "auto")] == [
-        "auto",
-        "never",
-        "auto",
-    ]
+def test_settings(warm_up, monkeypatch):
+    """Read at the import, so that a wrong word ends the start at once."""
+
+    def read(word: str) -> str:
+        monkeypatch.setenv("SM12X_SERVER_WARM_UP", word)
+        return runpy.run_path(warm_up.__file__)["SETTING"]
+
+    assert [read(word) for word in ("", " never ", "auto")] == ["auto", "never", "auto"]
     with pytest.raises(ValueError, match=r"SM12X_SERVER_WARM_UP='no' .* allowed: auto, never"):
-        warm_up.parse_setting("no")
+        read("no")

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_sm12x.adapters.mtp import is_deepseek_v4
-from vllm_sm12x.dispatch import portable_operations
+from vllm_sm12x.adapters.mtp import is_portable_deepseek_v4
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,7 +27,7 @@ def sizes_of_a_full_house(vllm_config: VllmConfig, largest: int) -> list[int]:
         vllm_config: The engine's configuration.
         largest: Tokens of the largest graph that may be captured.
     """
-    if not (portable_operations() and is_deepseek_v4(vllm_config)):
+    if not is_portable_deepseek_v4(vllm_config):
         return []
     requests = vllm_config.scheduler_config.max_num_seqs
     size = requests * (1 + vllm_config.num_speculative_tokens)

@@ -66,6 +66,11 @@ def is_deepseek_v4(vllm_config: VllmConfig) -> bool:
     return getattr(hf_config, "model_type", None) == "deepseek_v4"
 
 
+def is_portable_deepseek_v4(vllm_config: VllmConfig) -> bool:
+    """Whether the model is DeepSeek V4 and any of its operations takes the portable path."""
+    return bool(portable_operations()) and is_deepseek_v4(vllm_config)
+
+
 def is_deepseek_v4_mtp(vllm_config: VllmConfig) -> bool:
     """Whether the engine serves DeepSeek V4 and drafts with its MTP layer."""
     drafting = vllm_config.speculative_config

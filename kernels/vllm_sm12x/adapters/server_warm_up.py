@@ -23,8 +23,7 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_sm12x import settings
-from vllm_sm12x.adapters.mtp import is_deepseek_v4
-from vllm_sm12x.dispatch import portable_operations
+from vllm_sm12x.adapters.mtp import is_portable_deepseek_v4
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -46,17 +45,8 @@ ANSWER_S = 60.0
 logger = init_logger("vllm.sm12x.server_warm_up")
 
 
-def parse_setting(value: str) -> str:
-    """The setting that ``SM12X_SERVER_WARM_UP=value`` means; an empty value is ``auto``.
-
-    Raises:
-        ValueError: It is none of :data:`SETTINGS`.
-    """
-    return settings.choice(ENV, value, SETTINGS)
-
-
 # Read when the server's modules are imported: a wrong word ends the start before the model loads.
-SETTING = parse_setting(os.environ.get(ENV, "auto"))
+SETTING = settings.choice(ENV, os.environ.get(ENV, "auto"), SETTINGS)
 
 
 async def warm_up_server(app: FastAPI) -> None:
@@ -87,9 +77,7 @@ def _applies(app: FastAPI) -> bool:
     # A server that only renders prompts has no engine.
     config = getattr(app.state, "vllm_config", None)
     engine = getattr(app.state, "engine_client", None)
-    if config is None or engine is None or not portable_operations():
-        return False
-    return is_deepseek_v4(config)
+    return config is not None and engine is not None and is_portable_deepseek_v4(config)
 
 
 async def _fault(app: FastAPI, route: str, body: dict[str, Any]) -> str | None:

@@ -31,7 +31,7 @@ import torch
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 
-from vllm_sm12x.adapters.mtp import is_deepseek_v4
+from vllm_sm12x.adapters.mtp import is_portable_deepseek_v4
 from vllm_sm12x.adapters.warm_up_runner import add_runner
 from vllm_sm12x.adapters.warm_up_sampling import (
     add_likely,
@@ -201,8 +201,7 @@ def _order(worker: Worker, orders: list[Order], **limits: int) -> None:
 
 
 def _applies(worker: Worker) -> bool:
-    portable = bool(portable_operations()) and is_deepseek_v4(worker.vllm_config)
-    return portable and torch.cuda.is_available()
+    return is_portable_deepseek_v4(worker.vllm_config) and torch.cuda.is_available()
 
 
 def calls_of(worker: Worker, operations: frozenset[str], capability: tuple[int, int]) -> Calls:
