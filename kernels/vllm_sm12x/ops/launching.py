@@ -69,6 +69,11 @@ def compile_only(capability: tuple[int, int]) -> Iterator[Compilation]:
         _compilation.reset(token)
 
 
+def compiles_only() -> bool:
+    """Whether :func:`compile_only` is at work here: a launch compiles, and must reach Triton."""
+    return _compilation.get() is not None
+
+
 def capability_of(name: str, tensor: torch.Tensor, kernel: str) -> tuple[int, int]:
     """Capability of the GPU that a tensor is on, or that is compiled for.
 

@@ -17,6 +17,7 @@ from vllm_sm12x import lowering
 from vllm_sm12x.ops.compressor import config
 from vllm_sm12x.ops.fp8_ds_mla import layout
 from vllm_sm12x.ops.fp8_ds_mla.reference import E4M3_MAX, SMALLEST_AMAX
+from vllm_sm12x.ops.launch_cache import launch
 from vllm_sm12x.ops.launching import capability_of
 
 _NOPE = tl.constexpr(layout.NOPE_DIM)
@@ -197,7 +198,9 @@ def compress_to_cache(
     tokens = min(len(token_to_request), len(positions), len(state_slots), len(slots))
     if tokens == 0:
         return
-    compress_kernel[(tokens,)](
+    launch(
+        compress_kernel,
+        (tokens, 1, 1),
         state_cache,
         state_cache.stride(0),
         state_cache.stride(1),

@@ -19,6 +19,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_einsum.config import EinsumConfig, einsum_config
 from vllm_sm12x.ops.fp8_einsum.reference import BLOCK
+from vllm_sm12x.ops.integers import cdiv
+from vllm_sm12x.ops.launch_cache import launch
 from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.prefetch import prefetch_l2
 
@@ -306,7 +308,9 @@ def fp8_einsum_bhr_hdr(
     dependent = config.dependent and lowering.launches_overlap(capability)
     if dependent:
         options = {**options, "launch_pdl": True}
-    einsum_kernel[(groups * triton.cdiv(tokens, config.block_t) * (n // config.block_n),)](
+    launch(
+        einsum_kernel,
+        (groups * cdiv(tokens, config.block_t) * (n // config.block_n), 1, 1),
         a,
         a.stride(0),
         a.stride(1),

@@ -6,9 +6,10 @@ Nothing here synchronises with the host, and what is allocated follows from shap
 from __future__ import annotations
 
 import torch
-import triton
 
 from vllm_sm12x import lowering
+from vllm_sm12x.ops.integers import cdiv, next_power_of_2
+from vllm_sm12x.ops.launch_cache import launch
 from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.mhc.config import POST_TABLE, FinishConfig, MixConfig, PostConfig, configs
 from vllm_sm12x.ops.mhc.kernel import (
@@ -91,7 +92,9 @@ def mhc_post(
     if tokens == 0:
         return out
     config = config or POST_TABLE[target]
-    post_kernel[(tokens, triton.cdiv(hidden, config.block_h))](
+    launch(
+        post_kernel,
+        (tokens, cdiv(hidden, config.block_h), 1),
         x.contiguous(),
         residual.contiguous(),
         post_layer_mix.contiguous(),
@@ -198,12 +201,14 @@ def hc_prenorm_gemm(
         return
     config = config or configs(target, tokens)[0]
     # Whole rows of the tile, so that its last columns lie inside too.
-    block_out = max(8, triton.next_power_of_2(outputs))
+    block_out = max(8, next_power_of_2(outputs))
     fits = out.stride(-1) == 1 and outputs == block_out
     products = out if fits else out.new_empty(n_splits, tokens, block_out)
     # The part of each program is here the caller's.
     columns = x.size(1) // n_splits
-    mix_kernel[(n_splits, triton.cdiv(tokens, config.block_t))](
+    launch(
+        mix_kernel,
+        (n_splits, cdiv(tokens, config.block_t), 1),
         None,
         x.contiguous(),
         None,
@@ -263,21 +268,23 @@ def _mix(
     """Parts of the squares and products: float32 ``[T, splits, width]``, as the kernel has them."""
     tokens, _, hidden = residual.shape
     outputs = fn.size(0)
-    width = triton.next_power_of_2(PRODUCTS + outputs)
+    width = next_power_of_2(PRODUCTS + outputs)
     splits = max(1, min(config.splits, hidden // config.block_h))
-    columns = triton.cdiv(hidden, splits * config.block_h) * config.block_h
-    splits = triton.cdiv(hidden, columns)
+    columns = cdiv(hidden, splits * config.block_h) * config.block_h
+    splits = cdiv(hidden, columns)
     parts = torch.empty(tokens, splits, width, dtype=torch.float32, device=residual.device)
     if tokens == 0:
         return parts
     x, post, comb, streams = put_back or (None,) * 4
     even = hidden % columns == 0
-    block_out = max(8, triton.next_power_of_2(outputs))
+    block_out = max(8, next_power_of_2(outputs))
     fn = fn.contiguous()
     halved = config.halved and even
     if halved:
         fn = _halve(fn, block_out, options)
-    mix_kernel[(splits, triton.cdiv(tokens, config.block_t))](
+    launch(
+        mix_kernel,
+        (splits, cdiv(tokens, config.block_t), 1),
         x,
         residual,
         post,
@@ -313,7 +320,9 @@ def _halve(fn: torch.Tensor, block_out: int, options: Options) -> torch.Tensor:
     """The mapping as a sum of two in bfloat16: ``[2, block_out, columns]``."""
     outputs, columns = fn.shape
     halves = torch.empty(2, block_out, columns, dtype=torch.bfloat16, device=fn.device)
-    halve_kernel[(triton.cdiv(columns, HALVE_BLOCK),)](
+    launch(
+        halve_kernel,
+        (cdiv(columns, HALVE_BLOCK), 1, 1),
         fn,
         halves,
         COLUMNS=columns,
@@ -352,13 +361,15 @@ def _finish(
     if rounds:
         post = parts.new_empty(tokens, STREAMS)
         comb = parts.new_empty(tokens, STREAMS, STREAMS)
-        mix_programs = triton.cdiv(tokens, config.mix_t)
+        mix_programs = cdiv(tokens, config.mix_t)
     results = (out,) if post is None or comb is None else (post, comb, out)
     if tokens == 0:
         return results
     if norm_weight is not None:
         norm_weight = norm_weight.to(torch.bfloat16).contiguous()
-    finish_kernel[(mix_programs + tokens,)](
+    launch(
+        finish_kernel,
+        (mix_programs + tokens, 1, 1),
         parts,
         scale.contiguous(),
         base.contiguous(),
@@ -372,10 +383,10 @@ def _finish(
         rounds,
         *factors,
         HIDDEN=hidden,
-        BLOCK_H=triton.next_power_of_2(hidden),
+        BLOCK_H=next_power_of_2(hidden),
         OUTPUTS=base.size(0),
         WIDTH=width,
-        SPLIT_SLOTS=triton.next_power_of_2(splits),
+        SPLIT_SLOTS=next_power_of_2(splits),
         MIX_T=config.mix_t,
         HAS_MIXES=bool(rounds),
         num_warps=config.num_warps,

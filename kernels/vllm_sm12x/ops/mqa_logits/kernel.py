@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x import lowering
+from vllm_sm12x.ops.integers import cdiv
+from vllm_sm12x.ops.launch_cache import launch
 from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.mqa_logits import config
 
@@ -154,10 +156,12 @@ def fp8_mqa_logits(
         logits = torch.empty(shape, dtype=torch.float32, device=q.device)
     if tokens == 0 or keys == 0:
         return logits
-    key_tiles = triton.cdiv(keys, row.block_n)
+    key_tiles = cdiv(keys, row.block_n)
     tokens_per_program = config.tokens_per_program(tokens, key_tiles, lowering.multiprocessors())
     # Tiles of keys lie next to each other: blocks at work at a time read the same queries.
-    logits_kernel[(key_tiles, triton.cdiv(tokens, tokens_per_program))](
+    launch(
+        logits_kernel,
+        (key_tiles, cdiv(tokens, tokens_per_program), 1),
         q,
         k,
         k_scale,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from vllm_sm12x import lowering
+from vllm_sm12x.ops.integers import cdiv, next_power_of_2
+from vllm_sm12x.ops.launch_cache import launch
 from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.mxfp4_experts import config
 from vllm_sm12x.ops.mxfp4_experts.bfloat16 import halve_kernel
@@ -203,7 +204,9 @@ def _chunk(
     second = (activation, None) if halved else _operand(activation, float8, of)
     _product(second, w2, result, row.second, of, False)
     total = config.SUM[target]
-    weighted_sum_kernel[(num_tokens * triton.cdiv(hidden_size, total.block),)](
+    launch(
+        weighted_sum_kernel,
+        (num_tokens * cdiv(hidden_size, total.block), 1, 1),
         result,
         None if on_input else topk_weights,
         of.ids,
@@ -225,7 +228,9 @@ def _chunk(
 def _sorted(of: _Pairs, align: Align) -> _Pairs:
     """The same pairs with the routing."""
     local = torch.empty(of.ids.shape, dtype=torch.int32, device=of.ids.device)
-    local_experts_kernel[(triton.cdiv(of.count, LOCAL_BLOCK),)](
+    launch(
+        local_experts_kernel,
+        (cdiv(of.count, LOCAL_BLOCK), 1, 1),
         of.ids,
         of.expert_map,
         local,
@@ -251,12 +256,14 @@ def _operand(
     rows, columns = x.shape
     if memory is not None and of.row.halves and not float8:
         halves = memory.view(x.dtype).flatten()[: rows * columns].view(rows, columns)
-        halve_kernel[(rows,)](
+        launch(
+            halve_kernel,
+            (rows, 1, 1),
             x,
             x.stride(0),
             halves,
             COLUMNS=columns,
-            BLOCK=triton.next_power_of_2(columns),
+            BLOCK=next_power_of_2(columns),
             num_warps=QUANTIZE_WARPS,
             **of.options,
         )
@@ -265,13 +272,15 @@ def _operand(
         return x.view(torch.int32), None
     values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    quantize_kernel[(rows,)](
+    launch(
+        quantize_kernel,
+        (rows, 1, 1),
         x,
         x.stride(0),
         values,
         scale,
         COLUMNS=columns,
-        BLOCK=triton.next_power_of_2(columns),
+        BLOCK=next_power_of_2(columns),
         num_warps=QUANTIZE_WARPS,
         **of.options,
     )
@@ -301,7 +310,9 @@ def _product(
     in_words = _in_words(scale, columns, how.block_k)
     if in_words:
         scale = scale.view(torch.int32)
-    product_kernel[(tiles * triton.cdiv(values.size(1), how.block_n),)](
+    launch(
+        product_kernel,
+        (tiles * cdiv(values.size(1), how.block_n), 1, 1),
         x,
         x.stride(0),
         x_scale,
@@ -330,7 +341,7 @@ def _product(
         BLOCK_N=how.block_n,
         BLOCK_K=how.block_k,
         SCALE_WORDS=in_words,
-        SCALE_SLOTS=0 if x_scale is None else triton.next_power_of_2(columns // _FLOAT8_STEP),
+        SCALE_SLOTS=0 if x_scale is None else next_power_of_2(columns // _FLOAT8_STEP),
         DEPENDENT=of.row.dependent,
         PREFETCH=0 if gated else prefetch_lines(of.row, columns),
         num_warps=how.num_warps,

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x import lowering
+from vllm_sm12x.ops.integers import cdiv
+from vllm_sm12x.ops.launch_cache import launch
 from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.paged_mqa_logits import config
 from vllm_sm12x.ops.paged_mqa_logits.layout import (
@@ -185,12 +187,14 @@ def fp8_paged_mqa_logits(
     if rows == 0 or most_keys == 0:
         return logits
     if splits is None:
-        tiles = triton.cdiv(most_keys, BLOCK_SIZE * row.pages)
+        tiles = cdiv(most_keys, BLOCK_SIZE * row.pages)
         splits = config.splits(row, rows, tiles, lowering.multiprocessors())
     per_token = context_lens.dim() == 2
     # The stride of a dimension of size 1 means nothing.
     page_bytes = kv_cache.stride(0) if kv_cache.shape[0] > 1 else BLOCK_SIZE * TOKEN_BYTES
-    paged_logits_kernel[(rows * splits,)](
+    launch(
+        paged_logits_kernel,
+        (rows * splits, 1, 1),
         q,
         kv_cache,
         weights,

@@ -26,6 +26,8 @@ import triton.language as tl
 from vllm_sm12x.lowering import launch_options, multiprocessors, target_key
 from vllm_sm12x.ops.fp8_ds_mla import reference as fp8_ds_mla
 from vllm_sm12x.ops.fp8_ds_mla.layout import DATA_BYTES, HEAD_DIM, NOPE_DIM, ROPE_DIM
+from vllm_sm12x.ops.integers import cdiv
+from vllm_sm12x.ops.launch_cache import launch
 from vllm_sm12x.ops.sparse_mla import config_decode, decode_gluon
 from vllm_sm12x.ops.sparse_mla.reference import KeySet
 
@@ -105,7 +107,9 @@ def sparse_mla_decode(
     split_kernel, parts = _split_kernel, {}
     if row.parts:
         split_kernel, parts = decode_gluon.split_kernel, {"PARTS": row.parts}
-    split_kernel[(triton.cdiv(heads, row.block_h), splits, tokens)](
+    launch(
+        split_kernel,
+        (cdiv(heads, row.block_h), splits, tokens),
         q,
         q.stride(0),
         q.stride(1),
@@ -131,7 +135,9 @@ def sparse_mla_decode(
     if splits == 1:
         return
     combine = config_decode.combine_row(splits)
-    _combine_kernel[(heads, HEAD_DIM // combine.block_d, tokens)](
+    launch(
+        _combine_kernel,
+        (heads, HEAD_DIM // combine.block_d, tokens),
         partial,
         stats,
         *sink,

@@ -16,6 +16,8 @@ import triton.language as tl
 
 from vllm_sm12x import lowering
 from vllm_sm12x.ops.fp8_ds_mla.layout import HEAD_DIM
+from vllm_sm12x.ops.integers import cdiv
+from vllm_sm12x.ops.launch_cache import launch
 from vllm_sm12x.ops.launching import capability_of
 from vllm_sm12x.ops.sparse_mla import prefill_gluon
 from vllm_sm12x.ops.sparse_mla.config_prefill import PrefillConfig, prefill_config
@@ -188,7 +190,9 @@ def sparse_mla_prefill(
             )
         kernel = prefill_gluon.prefill_kernel
         flags = {"PARTS": config.parts, "STAGES": config.num_stages}
-    kernel[(tokens * triton.cdiv(heads, config.block_h),)](
+    launch(
+        kernel,
+        (tokens * cdiv(heads, config.block_h), 1, 1),
         q,
         kv,
         indices,
