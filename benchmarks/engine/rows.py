@@ -18,6 +18,7 @@ Row = dict[str, Any]
 # Settings that the caller's environment may have, and no option says.
 SETTINGS = (
     "SM12X_MTP_FULL_GRAPHS",
+    "SM12X_DRAFT_GRAPHS",
     "SM12X_EXPERT_ACTIVATIONS",
     "SM12X_SERVER_WARM_UP",
     "VLLM_WORKER_MULTIPROC_METHOD",

@@ -157,6 +157,8 @@ def tilings(name: str) -> list[Row]:
         Row(2, 4, 5, 3, 168),
         Row(2, 4, 5, 4, 128),
         Row(2, 4, 7, 2),
+        # As many blocks as fit on SM12x.
+        Row(1, 2, 5, 3),
         Row(1, 2, 5, 4),
         Row(1, 2, 5, 5),
         Row(1, 2, 5, 6, 168),

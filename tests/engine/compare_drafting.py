@@ -38,10 +38,13 @@ DEFAULT_RUNS = (
     BASE,
     "mtp1",
     "mtp1-piecewise",
+    "mtp1-drafts",
     "mtp2",
     "mtp2-piecewise",
+    "mtp2-drafts",
     "mtp3",
     "mtp3-piecewise",
+    "mtp3-drafts",
     "mtp2-eager",
     "mtp2-async",
     "mtp2-unordered",
@@ -49,6 +52,7 @@ DEFAULT_RUNS = (
     "mtp2-chunks",
     "mtp2-preempted",
     "mtp2-cache-chunks",
+    "mtp2-drafts-cache-chunks",
 )
 
 

@@ -131,6 +131,9 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> tuple[Noise, list[dict[str, 
             accepted, drafted = result["accepted"], result["drafted"]
             # Where none is, no accepted token was tested; where all are, no rejected one.
             add(name, "some drafts accepted", 0 < accepted < drafted, f"{accepted} of {drafted}")
+        if "-drafts" in name:
+            count = result["replayed"]
+            add(name, "drafting passes were replayed", count > 0, f"{count} of them")
         if "-preempted" in name:
             count = result["preemptions"]
             add(name, "requests were preempted", count > 0, f"{count} times")
@@ -138,7 +141,7 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> tuple[Noise, list[dict[str, 
             hits = [answer["cached"] or 0 for answer in result["answers"]["again"]]
             add(name, "a repeated prompt hits the cache", max(hits) > 0, f"cached tokens: {hits}")
     for name, result in runs.items():
-        full = name.replace("-piecewise", "")
+        full = name.replace("-piecewise", "").replace("-drafts", "")
         # With these the batches or the sums of two runs differ, and so may the tokens.
         exact = not {"async", "unordered"} & set(name.split("-"))
         if name != full and full in runs and exact:

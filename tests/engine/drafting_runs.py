@@ -45,6 +45,7 @@ LIVELY_TOKENS = 8
 
 FLAGS = {
     "piecewise": "decode on piecewise CUDA graphs, no full ones",
+    "drafts": "drafting passes in CUDA graphs of their own",
     "eager": "no CUDA graphs, no torch.compile",
     "async": "steps scheduled before the last one's end, as vLLM serves; when a request joins then "
     "depends on the host's pace, and with it how the numbers round",
@@ -78,14 +79,16 @@ class Run:
                 + ", -".join(FLAGS)
                 + ", each once"
             )
-        if {"piecewise", "eager"} <= set(flags):
-            raise ValueError(f"run: {name!r}, allowed: piecewise or eager, not both")
+        if len({"piecewise", "drafts", "eager"} & set(flags)) > 1:
+            raise ValueError(f"run: {name!r}, allowed: one of piecewise, drafts and eager")
         return cls(int(match[1]), frozenset(flags))
 
     def environment(self) -> dict[str, str]:
         """Variables that must be set before vLLM is imported."""
-        graphs = "never" if "piecewise" in self.flags else "always"
-        return {"SM12X_MTP_FULL_GRAPHS": graphs}
+        return {
+            "SM12X_MTP_FULL_GRAPHS": "never" if "piecewise" in self.flags else "always",
+            "SM12X_DRAFT_GRAPHS": "always" if "drafts" in self.flags else "never",
+        }
 
     def options(self, folder: Path, blocks: int | None = None) -> dict[str, Any]:
         """Arguments of ``vllm.LLM``, but for the memory that it takes.
@@ -213,6 +216,13 @@ def metrics(llm: Any) -> dict[str, int]:
     return found
 
 
+def passes_replayed(llm: Any) -> int:
+    """Drafting passes that an engine of this process replayed as graphs of their own."""
+    core = llm.llm_engine.engine_core.engine_core
+    drafter = getattr(core.model_executor.driver_worker.worker.model_runner, "drafter", None)
+    return 0 if drafter is None else getattr(drafter.model, "replayed", 0)
+
+
 def run(name: str, folder: Path, memory: dict[str, Any], blocks: int | None) -> dict[str, Any]:
     """Start the engine of a run, answer the requests, and say what happened.
 
@@ -267,6 +277,7 @@ def answers_of(
         "blocks_used": blocks_used,
         "compiled": dict(watched.compiled),
         **metrics(llm),
+        "replayed": passes_replayed(llm),
         "answers": answers,
     }
 

@@ -130,6 +130,18 @@ def test_preemption_and_hits_must_have_happened():
     assert failing(runs) == []
 
 
+def test_passes_in_graphs_must_have_been_replayed_and_give_the_same_tokens():
+    parted = answer({6: -0.6, 5: -0.75}, {9: -1.0})
+    runs = {"mtp0": base(), "mtp2-cache": result({"mixed": [PLAIN, PLAIN]})}
+    runs["mtp2-drafts-cache"] = result({"mixed": [PLAIN, parted]}, replayed=0)
+    assert failing(runs) == [
+        "mtp2-drafts-cache: drafting passes were replayed",
+        "mtp2-drafts-cache: exactly the tokens of mtp2-cache (mixed)",
+    ]
+    runs["mtp2-drafts-cache"] = result({"mixed": [PLAIN, PLAIN]}, replayed=7)
+    assert failing(runs) == []
+
+
 def test_growing_answers_have_their_own_base_and_noise():
     runs = {"mtp0": base(), "mtp2": result({"growing": [moved(0.3)]})}
     assert failing(runs) == ["mtp2: the answers of mtp0 (growing)"]

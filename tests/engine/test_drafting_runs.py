@@ -28,7 +28,16 @@ def test_a_name_says_how_to_run():
 
 
 @pytest.mark.parametrize(
-    "name", ["mtp", "plain", "mtp2-fast", "mtp2-cache-cache", "mtp2-", "mtp2-eager-piecewise"]
+    "name",
+    [
+        "mtp",
+        "plain",
+        "mtp2-fast",
+        "mtp2-cache-cache",
+        "mtp2-",
+        "mtp2-eager-piecewise",
+        "mtp2-drafts-eager",
+    ],
 )
 def test_another_name_is_refused(name):
     with pytest.raises(ValueError, match=f"run: '{name}', allowed: "):
@@ -65,8 +74,10 @@ def test_preemption_needs_what_mtp0_used():
 
 
 def test_full_graphs_are_forced_or_forbidden():
-    assert Run.of("mtp2").environment() == {"SM12X_MTP_FULL_GRAPHS": "always"}
-    assert Run.of("mtp2-piecewise").environment() == {"SM12X_MTP_FULL_GRAPHS": "never"}
+    full, drafts = "SM12X_MTP_FULL_GRAPHS", "SM12X_DRAFT_GRAPHS"
+    assert Run.of("mtp2").environment() == {full: "always", drafts: "never"}
+    assert Run.of("mtp2-piecewise").environment() == {full: "never", drafts: "never"}
+    assert Run.of("mtp2-drafts").environment() == {full: "always", drafts: "always"}
     assert (
         Run.of("mtp0-piecewise").options(Path("x"))["compilation_config"]["cudagraph_mode"]
         == "PIECEWISE"

@@ -19,7 +19,10 @@ from without_gpu import succeed
 # the tiny indexer's 32 entries.
 PROMPTS = "1,3,126,270"
 # All but `eager` decode on graphs of whole steps.
-DRAFTING = ("mtp1", "mtp2-cache", "mtp2-eager", "mtp3-chunks", "mtp2-preempted")
+DRAFTING = (
+    *("mtp1-drafts", "mtp2-cache", "mtp2-drafts-cache", "mtp2-eager"),
+    *("mtp3-drafts-chunks", "mtp2-preempted"),
+)
 
 
 def engine(*words: object) -> str:
@@ -80,3 +83,4 @@ def test_graphs_change_no_number(answers):
     graphs, eager = answers["mtp2-cache"]["answers"], answers["mtp2-eager"]["answers"]
     assert eager["growing"] == graphs["growing"]
     assert eager["mixed"] == graphs["mixed"]
+    assert answers["mtp2-drafts-cache"]["answers"] == graphs
