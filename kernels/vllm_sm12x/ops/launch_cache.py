@@ -70,24 +70,15 @@ def clear_cache() -> None:
 def _kinds(arguments: tuple[object, ...]) -> list[object]:
     """What tells each argument from others, for the compiler; equal only where that is.
 
-    In line for the two most common sorts: a call for each of up to forty arguments would take half
-    of a launch's time.
+    No kernel is compiled for a certain fraction. True is another word than 1, which it equals.
     """
     return [
         argument
         if (sort := type(argument)) is int or argument is None
         else (argument.dtype, argument.data_ptr() % _ALIGNMENT)
-        if sort is torch.Tensor
-        else _kind(argument)
+        if isinstance(argument, torch.Tensor)
+        else sort
+        if sort is float
+        else (sort, argument)
         for argument in arguments
     ]
-
-
-def _kind(argument: object) -> object:
-    """As :func:`_kinds`, for an argument of any sort."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % _ALIGNMENT
-    # 1, 1.0 and True are equal, and no kernel is compiled for a certain fraction.
-    if isinstance(argument, float):
-        return float
-    return (bool, argument) if isinstance(argument, bool) else argument

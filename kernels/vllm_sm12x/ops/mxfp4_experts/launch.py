@@ -61,8 +61,8 @@ class _Pairs:
 def token_chunk(num_tokens: int, top_k: int, hidden_size: int) -> int:
     """Tokens that are worked on at a time, so that their results fit the budget."""
     most = max(1, RESULT_BUDGET_BYTES // (top_k * hidden_size * 4))
-    chunks = max(1, -(-num_tokens // most))
-    return max(1, -(-num_tokens // chunks))
+    chunks = max(1, cdiv(num_tokens, most))
+    return max(1, cdiv(num_tokens, chunks))
 
 
 def scratch_bytes(num_tokens: int, top_k: int, hidden_size: int, intermediate_size: int) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_sm12x.ops.integers import cdiv
+
 HEADS = (32, 64)
 
 # Upper ends of the classes of rows (query tokens of a call), both ends inclusive.
@@ -86,5 +88,5 @@ def splits(row: Row, rows: int, tiles: int, multiprocessors: int) -> int:
         multiprocessors: Of the GPU.
     """
     room = multiprocessors * row.programs
-    wanted = room // rows if 8 * rows <= room else -(-2 * room // rows)
+    wanted = room // rows if 8 * rows <= room else cdiv(2 * room, rows)
     return max(1, min(wanted, tiles))

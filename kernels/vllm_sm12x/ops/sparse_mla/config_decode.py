@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from vllm_sm12x.ops.integers import cdiv, next_power_of_2
+
 TARGETS = ("sm_120", "sm_121", "sm_90")
 
 HEADS = (8, 16, 32, 64, 128)
@@ -132,14 +134,14 @@ def row(tokens: int, heads: int, keys: int, target: str) -> Row:
 
 def splits(row: Row, tokens: int, heads: int, keys: int, multiprocessors: int) -> int:
     """Programs that share a token's keys: as many as fill the GPU, no more than there are tiles."""
-    programs = tokens * -(-heads // row.block_h)
+    programs = tokens * cdiv(heads, row.block_h)
     wanted = multiprocessors * row.programs // programs
-    return max(1, min(wanted, -(-keys // row.block_n), MOST_SPLITS))
+    return max(1, min(wanted, cdiv(keys, row.block_n), MOST_SPLITS))
 
 
 def combine_row(splits: int) -> CombineRow:
     """The combine kernel's row for 2 to :data:`MOST_SPLITS` splits."""
-    return COMBINE[1 << (splits - 1).bit_length()]
+    return COMBINE[next_power_of_2(splits)]
 
 
 def _class_of(argument: str, what: str, size: int, classes: dict[str, int]) -> str:
