@@ -12,12 +12,13 @@ The environment variable ``SM12X_LOWERING`` says which: ``auto`` (the default; s
 from __future__ import annotations
 
 import functools
-import os
 
 from vllm_sm12x import settings
 
 ENV = "SM12X_LOWERING"
-SETTINGS = ("auto", "native", "sm120")
+
+# The setting of this process.
+setting = settings.Choice(ENV, ("auto", "native", "sm120"))
 
 # Bytes that a block may have on SM12x: 100 KiB less the 1 KiB that the driver keeps.
 SHARED_MEMORY_LIMIT = 101_376
@@ -27,21 +28,6 @@ _OVERLAP_FROM = (9, 0)
 
 # The first Triton that lowers an FP8 dot alike on sm_120 and sm_121.
 _TRITON_WITH_FP8_ON_SM121 = (3, 9)
-
-
-def parse_setting(value: str) -> str:
-    """The setting that ``SM12X_LOWERING=value`` means; an empty value is ``auto``.
-
-    Raises:
-        ValueError: It is none of :data:`SETTINGS`.
-    """
-    return settings.choice(ENV, value, SETTINGS)
-
-
-@functools.cache
-def setting() -> str:
-    """The setting of this process. Read once."""
-    return parse_setting(os.environ.get(ENV, "auto"))
 
 
 @functools.cache
@@ -125,7 +111,3 @@ def _current_capability() -> tuple[int, int] | None:
     import torch
 
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-
-
-# A bad value stops whatever imports this, before a model is loaded.
-parse_setting(os.environ.get(ENV, "auto"))

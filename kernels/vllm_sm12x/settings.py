@@ -2,7 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Collection
+
+
+class Choice:
+    """One of a few words that a variable holds; unset or empty it is ``auto``.
+
+    A call gives the word, which is read once a process, at the first call. A module makes it when
+    it is imported: a bad value stops whatever imports that, before a model is loaded.
+
+    Raises:
+        ValueError: The variable holds none of ``allowed``.
+    """
+
+    def __init__(self, variable: str, allowed: Collection[str]) -> None:
+        self.variable, self.allowed = variable, allowed
+        self._word = functools.cache(self._read)
+        self._read()
+
+    def __call__(self) -> str:
+        return self._word()
+
+    def parse(self, value: str) -> str:
+        """What the variable would mean with this value.
+
+        Raises:
+            ValueError: It is none of ``allowed``.
+        """
+        return choice(self.variable, value, self.allowed)
+
+    def cache_clear(self) -> None:
+        """Read the variable again at the next call, for tests that set it."""
+        self._word.cache_clear()
+
+    def _read(self) -> str:
+        return self.parse(os.environ.get(self.variable, "auto"))
 
 
 def choice(variable: str, value: str, allowed: Collection[str]) -> str:

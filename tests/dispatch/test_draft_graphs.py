@@ -16,10 +16,10 @@ def module(monkeypatch):
 
     monkeypatch.delenv("SM12X_DRAFT_GRAPHS", raising=False)
     monkeypatch.delenv("SM12X_MTP_FULL_GRAPHS", raising=False)
-    draft_graphs.clear_cache()
+    draft_graphs.setting.cache_clear()
     mtp.clear_cache()
     yield draft_graphs
-    draft_graphs.clear_cache()
+    draft_graphs.setting.cache_clear()
     mtp.clear_cache()
 
 
@@ -27,7 +27,7 @@ def module(monkeypatch):
 def set_drafts(module, monkeypatch):
     def set_variable(value: str) -> None:
         monkeypatch.setenv("SM12X_DRAFT_GRAPHS", value)
-        module.clear_cache()
+        module.setting.cache_clear()
 
     return set_variable
 
@@ -107,10 +107,12 @@ class Memory:
 def forward(metadata: object, mode: str = "PIECEWISE"):
     """vLLM's forward context of a pass."""
     from vllm.config import CUDAGraphMode
-    from vllm.forward_context import override_forward_context
+    from vllm.forward_context import ForwardContext, override_forward_context
 
-    context = SimpleNamespace(
+    context = ForwardContext(
+        no_compile_layers={},
         attn_metadata=metadata,
+        slot_mapping={},
         cudagraph_runtime_mode=CUDAGraphMode[mode],
         batch_descriptor="the step's",
     )
@@ -185,7 +187,7 @@ def test_inputs_that_a_graph_has_not_run_the_model(graphs):
 def test_passes_without_attention_or_with_another_run_the_model(graphs):
     """vLLM's dummy runs, and layers that are no window."""
     inputs = graphs.memory.inputs(6)
-    for metadata in (None, [{}], {"layer": graphs.memory.metadata(2, 6), "other": object()}):
+    for metadata in (None, {}, [{}], {"layer": graphs.memory.metadata(2, 6), "other": object()}):
         with forward(metadata):
             assert graphs(**inputs) == "model"
         with forward(metadata), pytest.raises(ValueError, match=r"^attn_metadata: "):
@@ -281,7 +283,7 @@ def captured(module, monkeypatch):
 @pytest.mark.parametrize("value", ["on", "AUTO", "auto,never"])
 def test_a_bad_setting_is_refused(module, value):
     with pytest.raises(ValueError) as error:
-        module.parse_setting(value)
+        module.setting.parse(value)
     assert str(error.value) == (
         f"SM12X_DRAFT_GRAPHS={value!r} is not allowed; allowed: auto, never, always"
     )

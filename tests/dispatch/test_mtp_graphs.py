@@ -219,7 +219,7 @@ def test_another_value_is_refused(monkeypatch, value):
 
     message = f"SM12X_MTP_FULL_GRAPHS='{value}' is not allowed; allowed: auto, never, always"
     with pytest.raises(ValueError, match=message):
-        mtp.parse_setting(value)
+        mtp.setting.parse(value)
 
 
 def test_a_bad_value_stops_the_import(cuda, monkeypatch):

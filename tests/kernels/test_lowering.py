@@ -98,14 +98,14 @@ def test_without_a_gpu_the_table_is_sm_120s(gpu_of):
 
 @pytest.mark.parametrize("value", ["", "  ", " auto "])
 def test_an_empty_setting_is_auto(value):
-    assert lowering.parse_setting(value) == "auto"
+    assert lowering.setting.parse(value) == "auto"
 
 
 @pytest.mark.parametrize("value", ["sm121", "SM120", "native,sm120", "1"])
 def test_a_bad_setting_is_refused(monkeypatch, value):
     message = f"SM12X_LOWERING={value!r} is not allowed; allowed: auto, native, sm120"
     with pytest.raises(ValueError, match=re.escape(message)):
-        lowering.parse_setting(value)
+        lowering.setting.parse(value)
     monkeypatch.setenv(lowering.ENV, value)
     with pytest.raises(ValueError, match=re.escape(message)):
         lowering.launch_options(SM_120)

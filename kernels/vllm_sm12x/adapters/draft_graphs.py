@@ -16,19 +16,22 @@ They come with full decode graphs and not without.
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor, get_forward_context, set_forward_context
+from vllm.forward_context import (
+    BatchDescriptor,
+    get_forward_context,
+    override_forward_context,
+    set_forward_context,
+)
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.mla.sparse_swa import DeepseekSparseSWAMetadata
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from vllm_sm12x import settings
@@ -40,35 +43,20 @@ if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-ENV = "SM12X_DRAFT_GRAPHS"
-SETTINGS = ("auto", "never", "always")
+# The setting of this process.
+setting = settings.Choice("SM12X_DRAFT_GRAPHS", ("auto", "never", "always"))
 
 # Drafted tokens a step with which a GPU gave the same tokens as without these graphs.
 SHOWN_DRAFTS: frozenset[int] = frozenset()
 
-# A graph for each number of requests up to this: two captures each, some 50 ms.
+# Two graphs for each number of requests up to this.
 MOST_REQUESTS = 32
 
 # vLLM's handlers stand on the logger "vllm", which "vllm_sm12x" does not belong to.
 logger = init_logger("vllm.sm12x.draft_graphs")
 
-# What tells a pass from others: its numbers, and where all that it reads lies.
+# What tells a pass from others: its graph's descriptor, and where all that it reads lies.
 Key = tuple[Any, ...]
-
-
-def parse_setting(value: str) -> str:
-    """The setting that ``SM12X_DRAFT_GRAPHS=value`` means; an empty value is ``auto``.
-
-    Raises:
-        ValueError: It is none of :data:`SETTINGS`.
-    """
-    return settings.choice(ENV, value, SETTINGS)
-
-
-@functools.cache
-def setting() -> str:
-    """The setting of this process. Read once."""
-    return parse_setting(os.environ.get(ENV, "auto"))
 
 
 class DraftGraphs:
@@ -85,7 +73,7 @@ class DraftGraphs:
         self.model = model
         self.replayed = 0
         self._graphs = CUDAGraphWrapper(model, vllm_config, CUDAGraphMode.FULL)
-        self._captured: dict[Key, BatchDescriptor] = {}
+        self._captured: set[Key] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
@@ -97,12 +85,11 @@ class DraftGraphs:
         """A pass, inside vLLM's forward context, with the inputs of the model by name."""
         context = get_forward_context()
         key = _key(context, inputs)
-        descriptor = None if key is None else self._captured.get(key)
         # vLLM can clear all graphs.
-        if descriptor not in self._graphs.concrete_cudagraph_entries:
+        if key not in self._captured or key[0] not in self._graphs.concrete_cudagraph_entries:
             return self.model(**inputs)
         self.replayed += 1
-        with _as(context, CUDAGraphMode.FULL, descriptor):
+        with _as(context, CUDAGraphMode.FULL, key[0]):
             return self._graphs(**inputs)
 
     def capture(self, **inputs: torch.Tensor | None) -> None:
@@ -115,16 +102,12 @@ class DraftGraphs:
         key = _key(context, inputs)
         if key is None:
             raise ValueError("attn_metadata: a pass of this kind is allowed in no graph")
-        requests, verifies, tokens, *_ = key
-        # Padded, both passes of a request can have as many tokens; as vLLM has it, a batch is
-        # uniform where each request has as many tokens as a step verifies.
-        descriptor = BatchDescriptor(num_tokens=tokens, num_reqs=requests, uniform=verifies)
-        with _as(context, CUDAGraphMode.NONE, descriptor):
+        with _as(context, CUDAGraphMode.NONE, key[0]):
             # What is loaded, or allocated once, at a first run may not be in a capture.
             self.model(**inputs)
-        with _as(context, CUDAGraphMode.FULL, descriptor):
+        with _as(context, CUDAGraphMode.FULL, key[0]):
             self._graphs(**inputs)
-        self._captured[key] = descriptor
+        self._captured.add(key)
 
 
 @torch.inference_mode()
@@ -216,44 +199,35 @@ def _pass(
         yield inputs
 
 
-@contextmanager
 def _as(
     context: ForwardContext, mode: CUDAGraphMode, descriptor: BatchDescriptor
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """The forward context as of a graph, for the time being."""
-    kept = context.cudagraph_runtime_mode, context.batch_descriptor
-    context.cudagraph_runtime_mode, context.batch_descriptor = mode, descriptor
-    try:
-        yield
-    finally:
-        context.cudagraph_runtime_mode, context.batch_descriptor = kept
+    return override_forward_context(
+        replace(context, cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+    )
 
 
 def _key(context: ForwardContext, inputs: dict[str, torch.Tensor | None]) -> Key | None:
-    """Requests, whether each has several tokens, all tokens with padding, and where a pass finds
-    what it reads; None for a pass that no graph can have."""
-    if not isinstance(context.attn_metadata, dict):
+    """The graph's numbers, and where a pass finds what it reads; None for a pass of no graph."""
+    # Here, so that no other model's start imports it.
+    from vllm.v1.attention.backends.mla.sparse_swa import DeepseekSparseSWAMetadata
+
+    if not isinstance(context.attn_metadata, dict) or not context.attn_metadata:
         return None
-    places: list[object] = []
+    places: list[int | None] = []
     for metadata in {id(one): one for one in context.attn_metadata.values()}.values():
         if not isinstance(metadata, DeepseekSparseSWAMetadata) or metadata.num_prefills:
             return None
-        requests, decoded = metadata.num_decodes, metadata.num_decode_tokens
-        slots, keys, lens = (
-            metadata.slot_mapping,
-            metadata.decode_swa_indices,
-            metadata.decode_swa_lens,
-        )
-        places += [requests, decoded, len(slots), *map(torch.Tensor.data_ptr, (slots, keys, lens))]
+        requests, tokens = metadata.num_decodes, metadata.num_decode_tokens
+        slots = metadata.slot_mapping
+        read = (slots, metadata.decode_swa_indices, metadata.decode_swa_lens)
+        places += [requests, tokens, len(slots), *map(torch.Tensor.data_ptr, read)]
     for tensor in inputs.values():
         places += [None, 0] if tensor is None else [tensor.data_ptr(), len(tensor)]
-    return requests, decoded > requests, len(inputs["positions"]), *places
-
-
-def clear_cache() -> None:
-    """Forget what was read, for tests that set the variable."""
-    setting.cache_clear()
-
-
-# A bad value stops whatever imports this, before a model is loaded.
-parse_setting(os.environ.get(ENV, "auto"))
+    # Padded, both passes of a request can have as many tokens; as vLLM has it, a batch is uniform
+    # where each request has as many tokens as a step verifies.
+    descriptor = BatchDescriptor(
+        num_tokens=len(inputs["positions"]), num_reqs=requests, uniform=tokens > requests
+    )
+    return descriptor, *places

@@ -12,8 +12,6 @@ graphs decode runs on the piecewise ones.
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import TYPE_CHECKING
 
 from vllm.config import CUDAGraphMode
@@ -29,7 +27,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
 
 ENV = "SM12X_MTP_FULL_GRAPHS"
-SETTINGS = ("auto", "never", "always")
+
+# The setting of this process.
+setting = settings.Choice(ENV, ("auto", "never", "always"))
 
 # Operations that declare themselves safe in a full decode graph with MTP: replayed over padded
 # batches, full and piecewise graphs gave identical tokens on a GPU (reports/drafting).
@@ -43,21 +43,6 @@ WARM_UP_REQUESTS = 32
 
 # vLLM's handlers stand on the logger "vllm", which "vllm_sm12x" does not belong to.
 logger = init_logger("vllm.sm12x.mtp")
-
-
-def parse_setting(value: str) -> str:
-    """The setting that ``SM12X_MTP_FULL_GRAPHS=value`` means; an empty value is ``auto``.
-
-    Raises:
-        ValueError: It is none of :data:`SETTINGS`.
-    """
-    return settings.choice(ENV, value, SETTINGS)
-
-
-@functools.cache
-def setting() -> str:
-    """The setting of this process. Read once."""
-    return parse_setting(os.environ.get(ENV, "auto"))
 
 
 def is_deepseek_v4(vllm_config: VllmConfig) -> bool:
@@ -179,7 +164,3 @@ def caches_blocks_for_drafting(kv_cache_config: KVCacheConfig) -> bool:
 def clear_cache() -> None:
     """Forget what was read, for tests that set the variable."""
     setting.cache_clear()
-
-
-# A bad value stops whatever imports this, before a model is loaded.
-parse_setting(os.environ.get(ENV, "auto"))
