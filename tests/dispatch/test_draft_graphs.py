@@ -330,6 +330,13 @@ def test_auto_captures_what_was_shown(choose, module, captured, monkeypatch):
     assert captured(runner(max_num_seqs=1, drafted=3)) == []
 
 
+@pytest.mark.parametrize(("drafted", "passes"), [(1, 1), (2, 2), (3, 2), (4, 0)])
+def test_what_was_shown_is_the_default(choose, module, captured, drafted, passes):
+    choose((12, 0), None)
+    assert {1, 2, 3} == module.SHOWN_DRAFTS
+    assert len(captured(runner(max_num_seqs=1, drafted=drafted))) == passes
+
+
 @pytest.mark.operation("sparse_mla_decode")
 def test_only_with_our_decode(case, choose, set_drafts, captured):
     choose(case.capability, case.override)

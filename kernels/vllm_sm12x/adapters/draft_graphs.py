@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 # The setting of this process.
 setting = settings.Choice("SM12X_DRAFT_GRAPHS", ("auto", "never", "always"))
 
-# Drafted tokens a step with which a GPU gave the same tokens as without these graphs.
-SHOWN_DRAFTS: frozenset[int] = frozenset()
+# Drafted tokens a step with which a GPU gave the same tokens as without these graphs
+# (reports/drafting).
+SHOWN_DRAFTS = frozenset({1, 2, 3})
 
 # Two graphs for each number of requests up to this.
 MOST_REQUESTS = 32
