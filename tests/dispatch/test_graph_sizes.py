@@ -62,6 +62,31 @@ def test_however_many_decode_there_is_a_full_graph(choose, max_num_seqs, drafted
     assert without_full_graph(made, max_num_seqs, drafted) == []
 
 
+# By hand. With two drafts vLLM's list goes on with 48, 57, 66: 17 and 18 requests have 51 and 54.
+@pytest.mark.parametrize(
+    ("max_num_seqs", "drafted", "sizes"),
+    [
+        (4, 2, [3, 6, 9, 12]),
+        (8, 2, [3, 6, 9, 12, 15, 18, 21, 24]),
+        (18, 2, [*range(3, 49, 3), 54]),
+        (6, 1, [2, 4, 6, 8, 10, 12]),
+        (8, 0, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (28, 0, [*range(1, 17), 24, 28]),
+    ],
+)
+def test_few_requests_decode_without_padding(choose, max_num_seqs, drafted, sizes):
+    choose((12, 0), None)
+    made = dispatcher(max_num_seqs, drafted)
+    decoding = max_num_seqs * (1 + drafted)
+    captured = made.compilation_config.cudagraph_capture_sizes
+    assert [size for size in captured if size <= decoding] == sizes
+    padded = {
+        requests: made.dispatch(requests * (1 + drafted), uniform_decode=True)[1].num_tokens
+        for requests in range(1, min(max_num_seqs, 16) + 1)
+    }
+    assert padded == {requests: requests * (1 + drafted) for requests in padded}
+
+
 # By hand: the list 1, 2, 4, 8, 16, 24, to multiples of three.
 @pytest.mark.parametrize(
     ("capability", "model_type"), [((9, 0), "deepseek_v4"), ((12, 0), "deepseek_v3")]
